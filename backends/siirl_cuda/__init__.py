@@ -1,0 +1,175 @@
+"""NVIDIA GPUs through PyTorch's CUDA build, NCCL and the caching allocator."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from typing import Any
+
+from siirl.device import Capabilities, CommSpec, EngineSpec, Probe, Role, TorchBackend, host
+from siirl.device.backend import Determinism
+
+# The driver's own answer, asked in a child: cuInit forbids a later fork and freezes CUDA_VISIBLE_DEVICES.
+ASK_DRIVER = """
+import ctypes, json
+try:
+    driver = ctypes.CDLL("libcuda.so.1")
+except OSError as error:
+    print(json.dumps({"error": f"the NVIDIA driver's libcuda.so.1 cannot be loaded ({error})"}))
+    raise SystemExit
+version, count, words = ctypes.c_int(), ctypes.c_int(), ctypes.c_char_p()
+code = driver.cuInit(0)
+code = code or driver.cuDriverGetVersion(ctypes.byref(version))
+code = code or driver.cuDeviceGetCount(ctypes.byref(count))
+if code:
+    driver.cuGetErrorString(code, ctypes.byref(words))
+    print(json.dumps({"error": f"the NVIDIA driver says: {(words.value or b'').decode()} (error {code})"}))
+else:
+    print(json.dumps({"count": count.value, "cuda": f"{version.value // 1000}.{version.value % 1000 // 10}"}))
+"""
+
+INSTALL = "install a PyTorch built for CUDA (https://pytorch.org/get-started/locally)"
+NODES = ("/dev/nvidia[0-9]*", "/dev/dxg", "/dev/nvhost-gpu", "/dev/nvgpu")  # Linux, WSL, Jetson
+MOVED = frozenset({"bool", "uint8", "int8", "int32", "int64", "float16", "bfloat16", "float32", "float64"})
+
+# Words of a device's name; dense bfloat16 FLOP/s and memory bytes/s of NVIDIA's data sheets. The first match counts.
+PUBLISHED: tuple[tuple[set[str], float, float], ...] = (
+    ({"B200"}, 2.25e15, 8.0e12),
+    ({"H200", "NVL"}, 835.5e12, 4.8e12),
+    ({"H200"}, 989.5e12, 4.8e12),
+    ({"H100", "NVL"}, 835.5e12, 3.9e12),
+    ({"H100", "PCIe"}, 756.5e12, 2.0e12),
+    ({"H100", "80GB", "HBM3"}, 989.5e12, 3.35e12),
+    ({"A100", "80GB", "PCIe"}, 312e12, 1.935e12),
+    ({"A100", "80GB"}, 312e12, 2.039e12),
+    ({"A100", "40GB"}, 312e12, 1.555e12),
+    ({"L40S"}, 362e12, 864e9),
+    ({"L4"}, 121e12, 300e9),
+)
+
+
+def published(device_name: str) -> tuple[float | None, float | None]:
+    """Dense bfloat16 FLOP/s and memory bytes/s of a device; None for one that is not listed, or only a part."""
+    words = set(re.split(r"[ -]", device_name))
+    if "MIG" in words:
+        return None, None
+    return next(((flops, bandwidth) for named, flops, bandwidth in PUBLISHED if named <= words), (None, None))
+
+
+class CudaBackend(TorchBackend):
+    name = "cuda"
+    torch_type = "cuda"
+
+    @classmethod
+    def probe(cls) -> Probe:
+        build = host.torch_build()
+        torch, built_for = build.get("__version__"), build.get("cuda")
+        driver = cls._ask_driver()
+        findings = []
+        if not torch:
+            findings.append(("PyTorch is not installed", INSTALL))
+        elif not built_for:
+            findings.append((f"PyTorch {torch} is built without CUDA", INSTALL))
+        elif "cuda" in driver and _major(built_for) > _major(driver["cuda"]):
+            outdated = f"PyTorch is built for CUDA {built_for}, the driver supports {driver['cuda']}"
+            findings.append((outdated, "update the NVIDIA driver, or install a PyTorch built for an earlier CUDA"))
+        if "error" in driver:
+            findings.append((driver["error"], driver.get("fix", "check the driver with nvidia-smi")))
+        elif not driver["count"]:
+            findings.append(("the NVIDIA driver shows no device to this process", "check CUDA_VISIBLE_DEVICES"))
+        known = {"torch": torch, "cuda": built_for, "driver": driver.get("cuda")}
+        versions = {name: version for name, version in known.items() if version}
+        found = f"{driver.get('count')} NVIDIA devices, driver for CUDA {driver.get('cuda')}"
+        return Probe.of(found, driver.get("count", 0), versions, findings)
+
+    @classmethod
+    def _ask_driver(cls) -> dict[str, Any]:
+        """The number of devices and the CUDA version the driver supports, or what is wrong."""
+        if any(glob.glob(pattern) for pattern in NODES):
+            return host.ask_child(ASK_DRIVER)
+        return {
+            "error": "no NVIDIA device is present (no /dev/nvidia0)",
+            "fix": "check the driver with nvidia-smi; start a container with its GPUs (docker run --gpus all)",
+        }
+
+    @classmethod
+    def bootstrap_env(cls, role: Role) -> dict[str, str]:
+        # Expandable segments end the fragmentation of varying batch shapes, but no engine can put them to sleep.
+        chosen = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
+        return {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if role == "trainer" and not chosen else {}
+
+    @classmethod
+    def visible_devices_env(cls) -> str:
+        return "CUDA_VISIBLE_DEVICES"
+
+    @classmethod
+    def launcher_resources(cls, n: int) -> dict[str, Any]:
+        return {"num_gpus": n}
+
+    @classmethod
+    def kernel_order(cls) -> list[str]:
+        return ["native", "triton", "torch"]
+
+    @classmethod
+    def engines(cls) -> list[EngineSpec]:
+        return [
+            EngineSpec("rollout", "native"),
+            EngineSpec("rollout", "vllm", {"enable_sleep_mode": True}),
+            EngineSpec("training", "fsdp"),
+            EngineSpec("training", "megatron"),
+        ]
+
+    def capabilities(self) -> Capabilities:
+        facts = self.module.get_device_properties(self.device())
+        generation = (facts.major, facts.minor)
+        fast = ["float16"]
+        fast += ["bfloat16"] if generation >= (8, 0) else []
+        fast += ["float8_e4m3fn", "float8_e5m2"] if generation >= (8, 9) else []
+        flops, bandwidth = published(facts.name)
+        return Capabilities(
+            device_name=facts.name,
+            memory_bytes=facts.total_memory,
+            compute_units=facts.multi_processor_count,
+            compute_dtypes=("float64", "float32", "bfloat16", "float16"),
+            fast_dtypes=tuple(fast),
+            peak_flops={"bfloat16": flops} if flops else {},
+            memory_bandwidth=bandwidth,
+            interconnect=self._interconnect(),
+            graph_capture="training",
+            sleep_levels=(1, 2),
+            pin_memory=True,
+        )
+
+    def _interconnect(self) -> str:
+        count, here = self.module.device_count(), self.module.current_device()
+        others = [index for index in range(count) if index != here]
+        if not others:
+            return "none"
+        direct = all(self.module.can_device_access_peer(here, index) for index in others)
+        return "peer to peer" if direct else "through the host"
+
+    def communication(self) -> CommSpec:
+        return CommSpec(
+            "cpu:gloo,cuda:nccl",
+            dict.fromkeys(("all_reduce", "all_to_all", "broadcast"), MOVED),
+            interface_env=("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"),
+        )
+
+    def deterministic(self, level: Determinism) -> list[str]:
+        unmet = super().deterministic(level)
+        self.torch.backends.cudnn.deterministic = level != "off"
+        self.torch.backends.cudnn.benchmark = False
+        if level == "off":
+            return unmet
+        # cuBLAS reads the variable when it is first used; before any allocation on the device it was not.
+        workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+        if workspace is None and self.module.max_memory_allocated() == 0:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        elif workspace not in (":4096:8", ":16:8"):
+            unmet.append("matrix products: set CUBLAS_WORKSPACE_CONFIG=:4096:8 before the process starts")
+        return unmet
+
+
+def _major(version: str) -> int:
+    return int(version.partition(".")[0])

@@ -1,0 +1,133 @@
+"""Finding back ends and choosing one: command line, then SIIRL_DEVICE, then the config, then what is there."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import sys
+
+from siirl.device.backend import Backend, Probe, Role
+from siirl.errors import DeviceError, RequestError, SiirlError, did_you_mean
+
+GROUP = "siirl.backends"
+VARIABLE = "SIIRL_DEVICE"
+AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # "0" keeps `import torch` from importing every installed extension
+
+log = logging.getLogger(__name__)
+_current: Backend | None = None
+
+
+def current() -> Backend:
+    """The back end this process runs on."""
+    if _current is None:
+        raise SiirlError("no device has been chosen in this process: call siirl.device.select() first")
+    return _current
+
+
+def select(cli: str | None = None, config: str = "auto", role: Role = "trainer") -> Backend:
+    """Choose a device as `resolve` does, load PyTorch for it and make it `current()`."""
+    global _current
+    backend = resolve(cli, config)
+    autoload = os.environ.get(AUTOLOAD, "1")
+    prepare(backend, role)
+    backend.load()
+    if backend.torch_plugins:
+        os.environ[AUTOLOAD] = autoload  # the extension works, and children need it to read this device's tensors
+    _current = backend
+    return backend
+
+
+def resolve(cli: str | None = None, config: str = "auto") -> Backend:
+    """Decide on a device without importing PyTorch. `cli` beats SIIRL_DEVICE, which beats `config`.
+
+    Raises DeviceError when the device asked for is not usable, RequestError when its name is unknown or when
+    `auto` finds several kinds of accelerators.
+    """
+    name = cli or os.environ.get(VARIABLE) or config
+    if name == "auto":
+        return backend_class(automatic(probe_all()))()
+    backend = backend_class(name)
+    probe = backend.probe()
+    if not probe.available:
+        remedy = f". What helps: {'; '.join(probe.fixes)}" if probe.fixes else ""
+        raise DeviceError(f"device '{name}' is not usable here: {probe.reason}{remedy}")
+    return backend()
+
+
+def automatic(probes: dict[str, Probe]) -> str:
+    """The name `auto` stands for: the one usable accelerator, else the host."""
+    usable = [name for name, probe in probes.items() if probe.available]
+    accelerators = [name for name in usable if backend_class(name).is_accelerator()]
+    if len(accelerators) > 1:
+        raise RequestError(
+            f"devices of several kinds are usable here, choose one with --device: {', '.join(accelerators)}"
+        )
+    if not usable:
+        reasons = "; ".join(f"{name}: {probe.reason}" for name, probe in probes.items())
+        raise DeviceError(f"no device is usable here: {reasons or f'no package fills the entry-point group {GROUP}'}")
+    if not accelerators:
+        log.info("no accelerator is usable here, running on %s", usable[0])
+    return (accelerators or usable)[0]
+
+
+def probe_all() -> dict[str, Probe]:
+    """Every installed back end's probe by its name. PyTorch is not imported."""
+    probes = {}
+    for name in _entry_points():
+        try:
+            probes[name] = backend_class(name).probe()
+        except DeviceError as error:
+            probes[name] = Probe(False, 0, str(error), problems=(str(error),))
+    return probes
+
+
+def backend_class(name: str) -> type[Backend]:
+    """The back end of that name. Raises RequestError when none has it, DeviceError when its package is broken."""
+    entries = _entry_points()
+    if name not in entries:
+        known = ", ".join(["auto", *entries])
+        raise RequestError(f"unknown device '{name}', devices known here are {known}{did_you_mean(name, entries)}")
+    try:
+        found = entries[name].load()
+    except (ImportError, AttributeError) as error:
+        raise DeviceError(f"the back end '{name}' ({entries[name].value}) cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Backend)):
+        raise DeviceError(f"the back end '{name}' ({entries[name].value}) is not a siirl.device.Backend")
+    return found
+
+
+def launch_environment(backend: Backend, role: Role = "trainer") -> dict[str, str]:
+    """Variables a launcher adds to a worker's environment, so that it chooses this device and starts ready for it.
+
+    Where the device needs an extension of PyTorch, a worker's own children find it as the user left it.
+    """
+    wanted = {key: value for key, value in backend.bootstrap_env(role).items() if key not in os.environ}
+    autoload = {} if backend.torch_plugins else {AUTOLOAD: "0"}
+    return {**wanted, **autoload, VARIABLE: backend.name}
+
+
+def prepare(backend: Backend, role: Role = "trainer") -> None:
+    """Make this process ready to import PyTorch for `backend`. What the user set in the environment stays.
+
+    PyTorch, and libraries on top of it, import every device extension that is installed and fail as a whole when
+    one of them lacks its driver. Extensions of other devices are therefore hidden from this process.
+    """
+    for key, value in backend.bootstrap_env(role).items():
+        os.environ.setdefault(key, value)
+    os.environ[AUTOLOAD] = "0"
+    for entry in importlib.metadata.entry_points(group="torch.backends"):
+        extension = entry.module.partition(".")[0]
+        if extension not in backend.torch_plugins:
+            sys.modules.setdefault(extension, None)  # type: ignore[arg-type]  # Python's mark for "not importable"
+        elif sys.modules.get(extension, backend) is None:
+            del sys.modules[extension]
+
+
+def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    entries: dict[str, importlib.metadata.EntryPoint] = {}
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        first = entries.setdefault(entry.name, entry)
+        if first.value != entry.value:
+            raise RequestError(f"two packages call their back end '{entry.name}': {first.value} and {entry.value}")
+    return dict(sorted(entries.items()))

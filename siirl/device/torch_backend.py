@@ -1,0 +1,155 @@
+"""Everything of the contract that PyTorch already abstracts over devices, so that a vendor's plug-in stays short.
+
+Built on `torch.accelerator` and, where that has nothing (randomness, properties), on the device's own module as
+`torch.get_device_module` finds it. Importing this module imports no torch: a plug-in subclasses at stage 0.
+"""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from siirl.device.backend import Backend, Determinism, MemoryInfo, RngState, Unsupported
+from siirl.device.host import process_memory
+from siirl.errors import DeviceError, RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch import device as Device
+    from torch import dtype as Dtype
+
+
+class TorchBackend(Backend):
+    """An accelerator that PyTorch knows by `torch_type`. A vendor adds stage 0, the facts and what differs."""
+
+    _torch: Any = None
+
+    @property
+    def torch(self) -> Any:
+        """PyTorch, once loaded."""
+        assert self._torch is not None, f"load() of back end '{self.name}' was not called"
+        return self._torch
+
+    @property
+    def module(self) -> Any:
+        """The device's own module of PyTorch."""
+        return self.torch.get_device_module(self.torch_type)
+
+    def load(self) -> None:
+        self._torch = importlib.import_module("torch")
+        for plugin in self.torch_plugins:
+            self._import_plugin(plugin)
+        accelerator = self.torch.accelerator.current_accelerator(check_available=True)
+        if accelerator is None or accelerator.type != self.torch_type:
+            found = f"it finds '{accelerator.type}' instead" if accelerator else "it finds no accelerator"
+            raise DeviceError(
+                f"device '{self.name}' cannot be opened: PyTorch {self.torch.__version__} was asked for "
+                f"'{self.torch_type}', but {found}; `siirl doctor` lists what was looked for"
+            )
+
+    def _import_plugin(self, plugin: str) -> None:
+        try:
+            importlib.import_module(plugin)
+        except (ImportError, RuntimeError, OSError) as error:  # a missing library, a second accelerator, a bad driver
+            raise DeviceError(f"device '{self.name}' cannot be opened: importing {plugin} failed: {error}") from error
+
+    def bind(self, local_rank: int, threads: int | None = None) -> None:
+        if threads is not None:
+            self.torch.set_num_threads(threads)
+        self._bind_device(local_rank)
+
+    def _bind_device(self, local_rank: int) -> None:
+        count = self.torch.accelerator.device_count()
+        if local_rank >= count:
+            variable = self.visible_devices_env()
+            raise DeviceError(
+                f"worker {local_rank} of this node, counted from 0, needs a device of its own and {count} are visible: "
+                f"start at most {count} workers per node, or list more devices in {variable}"
+            )
+        self.torch.accelerator.set_device_index(local_rank)
+
+    def device(self) -> Device:
+        return self.torch.device(self.torch_type, self.torch.accelerator.current_device_index())
+
+    def synchronize(self) -> None:
+        self.torch.accelerator.synchronize()
+
+    def seed(self, n: int) -> None:
+        self.torch.manual_seed(n)
+
+    def rng_state(self) -> RngState:
+        states = {name: bytes(state.numpy()) for name, state in self._generator_states().items()}
+        return RngState(self.name, states)
+
+    def set_rng_state(self, state: RngState) -> None:
+        if state.backend != self.name:
+            raise RequestError(
+                f"the random state saved on device '{state.backend}' means nothing to '{self.name}'; "
+                f"resume with --device {state.backend}"
+            )
+        tensors = {
+            name: self.torch.frombuffer(bytearray(data), dtype=self.torch.uint8) for name, data in state.states.items()
+        }
+        self.torch.set_rng_state(tensors["host"])
+        if "device" in tensors:
+            self.module.set_rng_state(tensors["device"])
+
+    def _generator_states(self) -> dict[str, Tensor]:
+        return {"host": self.torch.get_rng_state(), "device": self.module.get_rng_state()}
+
+    def memory(self) -> MemoryInfo:
+        accelerator = self.torch.accelerator
+        free, total = accelerator.get_memory_info()
+        return MemoryInfo(
+            free=free,
+            total=total,
+            allocated=accelerator.memory_allocated(),
+            reserved=accelerator.memory_reserved(),
+            peak=accelerator.max_memory_allocated(),
+            host_peak=process_memory()[1],
+            unified=False,
+        )
+
+    def reset_peak_memory(self) -> bool:
+        self.torch.accelerator.reset_peak_memory_stats()
+        return True
+
+    def empty_cache(self) -> None:
+        self.torch.accelerator.empty_cache()
+
+    def autocast(self, dtype: Dtype) -> AbstractContextManager[Any]:
+        name = str(dtype).removeprefix("torch.")
+        if name == "float32":
+            return nullcontext()
+        halves = {"bfloat16", "float16"} & set(self.capabilities().compute_dtypes)
+        if name not in halves:
+            known = ", ".join(["float32", *sorted(halves)])
+            raise Unsupported(f"mixed precision in {name} does not work on device '{self.name}'; it has {known}")
+        return self.torch.autocast(self.torch_type, dtype=dtype)
+
+    def deterministic(self, level: Determinism) -> list[str]:
+        if level not in ("off", "on", "strict"):
+            raise ValueError(f"determinism is off, on or strict, not '{level}'")
+        self.torch.use_deterministic_algorithms(level != "off", warn_only=level == "on")
+        # Filling fresh tensors with NaN finds reads of memory nobody wrote; that is a search for bugs, at a price.
+        self.torch.utils.deterministic.fill_uninitialized_memory = level == "strict"
+        return []
+
+    def stream(self) -> Any:
+        return self.torch.Stream(device=self.device())
+
+    def event(self, timing: bool = False) -> Any:
+        return self.torch.Event(self.device(), enable_timing=timing)
+
+    @property
+    def profiler_module(self) -> Any:
+        """A module with the interface of `torch.profiler`."""
+        return self.torch.profiler
+
+    def profiler(self, **options: Any) -> AbstractContextManager[Any]:
+        module = self.profiler_module
+        return module.profile(activities=module.supported_activities(), **options)
+
+    def to_canonical(self, t: Tensor) -> Tensor:
+        return t
