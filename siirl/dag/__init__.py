@@ -1,0 +1,31 @@
+"""Pipelines as DAGs: the graph a user writes, the planner, and the plan a worker runs. Imports no torch."""
+
+from __future__ import annotations
+
+from siirl.dag.graph import Graph, Node, Read
+from siirl.dag.ops import OpSpec, find_op, op_names, python_target, register_op
+from siirl.dag.plan import Layout, Step, Table, WorkerPlan, batch_table, check_batch, describe, due, training_layout
+from siirl.dag.planner import plan, plan_steps, plan_worker
+
+__all__ = [
+    "Graph",
+    "Layout",
+    "Node",
+    "OpSpec",
+    "Read",
+    "Step",
+    "Table",
+    "WorkerPlan",
+    "batch_table",
+    "check_batch",
+    "describe",
+    "due",
+    "find_op",
+    "op_names",
+    "plan",
+    "plan_steps",
+    "plan_worker",
+    "python_target",
+    "register_op",
+    "training_layout",
+]

@@ -1,0 +1,279 @@
+"""What the planner hands to a worker, and how a person sees it.
+
+A `WorkerPlan` is plain data: it goes to JSON and comes back equal. The worker runs its steps one after another.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from siirl.dag.expressions import evaluate
+from siirl.errors import RequestError
+
+if TYPE_CHECKING:
+    from siirl.config.schema import Config
+    from siirl.dag.graph import Graph
+
+Split = Literal["groups", "tokens"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows lie over the workers: `groups` keeps a prompt's rows together, `tokens` balances by length."""
+
+    split: Split
+    workers: int
+    data: int
+    tensor: int = 1
+    context: int = 1
+    pipeline: int = 1
+    expert: int = 1
+
+    def __str__(self) -> str:
+        inner = {"tensor": self.tensor, "context": self.context, "pipeline": self.pipeline, "expert": self.expert}
+        degrees = [f"{name} {degree}" for name, degree in inner.items() if degree > 1]
+        return f"{self.split} ({', '.join([f'data {self.data}', *degrees])})" if degrees else self.split
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a worker.
+
+    `node` runs an op, in the layout `target`. `redistribute` moves the rows from `source` to `target` and takes the
+    columns `fields` along, which are all that is read afterwards. `drop` frees the columns `fields`. A column whose
+    node was not due is absent: both leave it out.
+    """
+
+    kind: Literal["node", "redistribute", "drop"]
+    id: str
+    op: str = ""
+    model: str | None = None
+    params: dict[str, Any] = field(default_factory=dict)
+    reads: dict[str, str] = field(default_factory=dict)
+    writes: dict[str, str] = field(default_factory=dict)
+    every: int = 1
+    when: str | None = None
+    fields: tuple[str, ...] = ()
+    source: Layout | None = None
+    target: Layout | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"fields": list(self.fields)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Step:
+        layouts = {key: None if data[key] is None else Layout(**data[key]) for key in ("source", "target")}
+        return cls(**{**data, "fields": tuple(data["fields"]), **layouts})
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """The serial pipeline of one worker, and the models it holds."""
+
+    rank: int
+    workers: int
+    pipeline: str
+    steps: tuple[Step, ...]
+    models: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        steps = [step.to_dict() for step in self.steps]
+        return {
+            "rank": self.rank,
+            "workers": self.workers,
+            "pipeline": self.pipeline,
+            "models": list(self.models),
+            "steps": steps,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> WorkerPlan:
+        steps = tuple(Step.from_dict(step) for step in data["steps"])
+        return cls(data["rank"], data["workers"], data["pipeline"], steps, tuple(data["models"]))
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> WorkerPlan:
+        return cls.from_dict(json.loads(text))
+
+
+def due(step: Step, number: int, config: Config) -> bool:
+    """Whether a worker runs ``step`` in training step ``number``, counted from 1."""
+    if number % step.every:
+        return False
+    return step.when is None or evaluate(step.when, config, number)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text in rows and columns, for whatever shows it."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def describe(plans: Sequence[WorkerPlan]) -> list[Table]:
+    """One table per distinct plan; its title says which workers run it."""
+    groups: list[list[WorkerPlan]] = []
+    for plan in plans:
+        for group in groups:
+            if plan.steps == group[0].steps and plan.models == group[0].models:
+                group.append(plan)
+                break
+        else:
+            groups.append([plan])
+    columns = ("#", "step", "op", "model", "layout", "reads", "writes", "moves or frees", "when")
+    return [Table(_title(group), columns, _rows(group[0].steps)) for group in groups]
+
+
+def _title(group: list[WorkerPlan]) -> str:
+    first = group[0]
+    models = f"holds {', '.join(first.models)}" if first.models else "holds no model"
+    alike = [plan.rank for plan in group[1:]]
+    if not alike:
+        return f"{first.pipeline}: worker {first.rank} of {first.workers}; {models}"
+    if alike == list(range(alike[0], alike[-1] + 1)) and len(alike) > 1:
+        rest = f"workers {alike[0]} to {alike[-1]} are alike"
+    else:
+        rest = f"alike: {', '.join(str(rank) for rank in alike)}"
+    return f"{first.pipeline}: worker {first.rank} of {first.workers}, {rest}; {models}"
+
+
+def _rows(steps: Sequence[Step]) -> tuple[tuple[str, ...], ...]:
+    rows = []
+    for number, step in enumerate(steps, start=1):
+        layout = str(step.target or "")
+        if step.kind == "redistribute":
+            layout = f"{step.source} → {step.target}"
+        conditions = [f"every {step.every} steps"] * (step.every > 1) + [step.when] * (step.when is not None)
+        rows.append(
+            (
+                str(number),
+                step.id,
+                step.op or step.kind,
+                step.model or "",
+                layout,
+                _mapping(step.reads),
+                _mapping(step.writes),
+                ", ".join(step.fields),
+                " and ".join(str(condition) for condition in conditions),
+            )
+        )
+    return tuple(rows)
+
+
+def _mapping(names: Mapping[str, str]) -> str:
+    return ", ".join(c if f == c else f"{c} as {f}" for f, c in names.items())
+
+
+def training_layout(config: Config, workers: int) -> Layout:
+    """The layout of training: `training.parallel`, with data parallel over all workers that are left.
+
+    Raises:
+        RequestError: the degrees do not make up ``workers``.
+    """
+    parallel = config.training.parallel
+    inner = parallel.tensor * parallel.context * parallel.pipeline
+    data = workers // inner if parallel.data is None else parallel.data
+    if data * inner != workers:
+        degrees = f"tensor {parallel.tensor} x context {parallel.context} x pipeline {parallel.pipeline}"
+        fix = (
+            f"training.parallel.data={workers // inner}" if workers % inner == 0 else f"workers={max(data, 1) * inner}"
+        )
+        raise RequestError(
+            f"training.parallel: data {data} x {degrees} is {data * inner} workers, but the run has {workers}; "
+            f"set {fix}"
+        )
+    return Layout("tokens", workers, data, parallel.tensor, parallel.context, parallel.pipeline, parallel.expert)
+
+
+def check_batch(config: Config, workers: int, graph: Graph | None = None) -> None:
+    """Refuse sizes that cannot work together, with the value that would.
+
+    ``graph`` tells whether responses are generated; without it they are, `rollout.group_size` per prompt.
+
+    Raises:
+        RequestError: the first combination that cannot work.
+    """
+    data, training, updates = config.data, config.training, config.algorithm.mini_batches
+    if training.engine == "fsdp":
+        for name in ("tensor", "context", "pipeline", "expert"):
+            degree = getattr(training.parallel, name)
+            if degree > 1:
+                raise RequestError(
+                    f"training.parallel.{name} is {degree}, but training.engine 'fsdp' trains with data parallel only; "
+                    f"set training.parallel.{name}=1"
+                )
+    training_layout(config, workers)
+    prompts = data.prompts_per_step
+    if prompts < workers:
+        raise RequestError(
+            f"data.prompts_per_step is {prompts}, fewer than the {workers} workers; "
+            f"set data.prompts_per_step={workers} or workers={prompts}"
+        )
+    if prompts % updates:
+        fitting = max(n for n in range(1, min(updates, prompts + 1)) if prompts % n == 0)
+        raise RequestError(
+            f"data.prompts_per_step is {prompts}, which algorithm.mini_batches={updates} does not divide; "
+            f"set data.prompts_per_step={math.ceil(prompts / updates) * updates} or algorithm.mini_batches={fitting}"
+        )
+    group = _group_size(config, graph)
+    samples = prompts // updates * group
+    if samples < workers:
+        fitting = max(n for n in range(1, updates) if prompts % n == 0 and prompts // n * group >= workers)
+        raise RequestError(
+            f"a mini-batch has {samples} samples ({prompts} prompts x {group} / {updates} mini-batches), "
+            f"fewer than the {workers} workers; set algorithm.mini_batches={fitting}"
+        )
+    longest = data.max_prompt_tokens + config.rollout.max_new_tokens
+    if longest > training.micro_batch_tokens:
+        raise RequestError(
+            f"a sample can have {longest} tokens (data.max_prompt_tokens {data.max_prompt_tokens} + "
+            f"rollout.max_new_tokens {config.rollout.max_new_tokens}), more than training.micro_batch_tokens="
+            f"{training.micro_batch_tokens}; set training.micro_batch_tokens={longest} or more"
+        )
+
+
+def batch_table(config: Config, workers: int, graph: Graph | None = None) -> Table:
+    """What a step is made of: prompts, samples, mini-batches, micro-batches; over all workers and on each."""
+    algorithm, longest = config.algorithm, config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    group = _group_size(config, graph)
+    prompts = config.data.prompts_per_step
+    mini = prompts * group // algorithm.mini_batches
+    updates = algorithm.mini_batches * algorithm.epochs
+    budget = config.training.micro_batch_tokens
+    micro = math.ceil(math.ceil(mini / workers) / max(1, budget // longest))
+    rows = (
+        ("prompts a step", f"{prompts:,}", _share(prompts, workers), "data.prompts_per_step"),
+        ("samples a step", f"{prompts * group:,}", _share(prompts * group, workers), f"x {group} a prompt"),
+        (
+            "mini-batches a step",
+            f"{updates:,}",
+            f"{updates:,}",
+            f"{algorithm.mini_batches} algorithm.mini_batches x {algorithm.epochs} algorithm.epochs",
+        ),
+        ("samples a mini-batch", f"{mini:,}", _share(mini, workers), "whole groups, shared out by tokens"),
+        (
+            "micro-batches a mini-batch",
+            f"up to {micro * workers:,}",
+            f"up to {micro:,}",
+            f"{budget:,} training.micro_batch_tokens, samples of up to {longest:,}",
+        ),
+    )
+    return Table("batch sizes", ("", "all workers", "each worker", "from"), rows)
+
+
+def _group_size(config: Config, graph: Graph | None) -> int:
+    generated = graph is None or any(node.op == "rollout" for node in graph.nodes)
+    return config.rollout.group_size if generated else 1
+
+
+def _share(count: int, workers: int) -> str:
+    return f"{count // workers:,}" if count % workers == 0 else f"{count // workers:,} to {-(-count // workers):,}"
