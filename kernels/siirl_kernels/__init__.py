@@ -1,0 +1,10 @@
+"""Kernel ops: one contract per op, a PyTorch reference each, other implementations by provider.
+
+``kernels`` is the table that model code calls: ``kernels.rms_norm(x, weight, eps)``. Every slot holds the
+reference until :func:`bind` chooses, once at start-up, an implementation per op in the back end's order.
+"""
+
+from siirl_kernels import reference as _reference
+from siirl_kernels.registry import bind, implementation, kernels, op, resolved
+
+__all__ = ["bind", "implementation", "kernels", "op", "resolved"]

@@ -1,0 +1,55 @@
+"""A Hugging Face directory of a model: what `transformers`, an inference server and :func:`load_model` read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from siirl.model.decoder import Decoder
+from siirl.model.fallback import TransformersDecoder
+from siirl.model.families import transformers_config
+
+_MAX_SHARD = "5GB"
+
+
+def save_pretrained(
+    model: Decoder | TransformersDecoder,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+    max_shard_size: str = _MAX_SHARD,
+) -> None:
+    """Write config, generation config, safetensors weights and tokenizer.
+
+    Args:
+        model: gives the config, and the weights unless ``state_dict`` does.
+        directory: made if missing; files of the same names are replaced.
+        dtype: of the written weights; None: as they are.
+        state_dict: whole tensors by the model's parameter names, for a model whose own are sharded.
+        max_shard_size: of one weight file, such as ``5GB``.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    whole = model.state_dict() if state_dict is None else state_dict
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in whole.items()}
+    if isinstance(model, TransformersDecoder):
+        inner = {name.removeprefix("inner."): tensor for name, tensor in tensors.items()}
+        model.inner.save_pretrained(directory, state_dict=inner, max_shard_size=max_shard_size)
+    else:
+        config = transformers_config(model.config)
+        config.dtype = next(iter(tensors.values())).dtype
+        config.save_pretrained(directory)
+        save_torch_state_dict(tensors, directory, max_shard_size=max_shard_size)
+    GenerationConfig(
+        bos_token_id=model.config.bos_token_id,
+        eos_token_id=list(model.config.eos_token_ids) or None,
+        pad_token_id=model.config.pad_token_id,
+    ).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
