@@ -1,0 +1,1 @@
+"""Rollout: engines that turn prompts into responses with per-token log-probs."""

@@ -1,0 +1,105 @@
+"""Sampling: filters on the distribution, and randomness that belongs to a sample and not to a batch.
+
+Each token is drawn by inverting the distribution at one uniform number that depends on the seed, the sample's id and
+the token's position alone, so a response does not change with the batch or the worker it is generated in.
+Shapes: B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+
+
+def uniforms(seed: int, sample_ids: Tensor, count: int) -> Tensor:
+    """Uniform numbers in [0, 1), float32 [rows, count], a function of (seed, sample id, position) alone.
+
+    SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) as a counter-based generator; 24 random bits each.
+
+    Args:
+        seed: any integer of 64 bits.
+        sample_ids: int64 [rows].
+        count: numbers per sample.
+    """
+    stream = _mix(_mix(torch.tensor(seed, dtype=torch.int64)) ^ sample_ids.cpu())
+    counter = torch.arange(1, count + 1, dtype=torch.int64) * _signed(0x9E3779B97F4A7C15)
+    bits = _mix(stream[:, None] + counter[None, :])
+    return _shift(bits, 40).to(torch.float32) / 2**24
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right of int64."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift(x, 31)
+
+
+def draw(
+    logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor, forbidden: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Draw one token per sequence.
+
+    Args:
+        logits_BV: of the next token.
+        sampling: temperature and filters.
+        uniform_B: one number in [0, 1) per sequence.
+        forbidden: token ids never drawn, int64.
+
+    Returns:
+        tokens int64 [B], and their log-probs float32 [B] under softmax(logits / temperature), before any filter:
+        the quantity that training computes (temperature 1 where it is 0).
+    """
+    logits_BV = logits_BV.float()
+    if sampling.temperature not in (0.0, 1.0):
+        logits_BV = logits_BV / sampling.temperature
+    log_p = torch.log_softmax(logits_BV, dim=-1)
+    allowed = log_p if forbidden is None else log_p.index_fill(1, forbidden, -torch.inf)
+    tokens = allowed.argmax(-1) if sampling.temperature == 0 else _invert(_filter(allowed, sampling), uniform_B)
+    return tokens, log_p.gather(1, tokens[:, None]).squeeze(1)
+
+
+def _invert(log_p: Tensor, uniform_B: Tensor) -> Tensor:
+    cdf = log_p.exp().cumsum(-1)
+    tokens = torch.searchsorted(cdf, (uniform_B[:, None] * cdf[:, -1:]), right=True).squeeze(1)
+    # rounding can put the product at the total itself, past the last token
+    return torch.where(tokens < log_p.shape[-1], tokens, log_p.argmax(-1))
+
+
+def _filter(log_p: Tensor, sampling: Sampling) -> Tensor:
+    """Remove tokens by top-k, then top-p (arXiv 1904.09751), then min-p (arXiv 2407.01082); not renormalised."""
+    if 0 < sampling.top_k < log_p.shape[-1]:
+        kth = log_p.topk(sampling.top_k, dim=-1).values[:, -1:]
+        log_p = log_p.masked_fill(log_p < kth, -torch.inf)
+    if sampling.top_p < 1.0:
+        log_p = torch.log_softmax(log_p, dim=-1)
+        ordered, index = log_p.sort(dim=-1, descending=True, stable=True)
+        before = ordered.exp().cumsum(-1) - ordered.exp()
+        removed = torch.zeros_like(before, dtype=torch.bool).scatter(1, index, before >= sampling.top_p)
+        log_p = log_p.masked_fill(removed, -torch.inf)
+    if sampling.min_p > 0.0:
+        bound = log_p.max(dim=-1, keepdim=True).values + torch.tensor(sampling.min_p).log()
+        log_p = log_p.masked_fill(log_p < bound, -torch.inf)
+    return log_p
