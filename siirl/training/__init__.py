@@ -1,0 +1,1 @@
+"""Training engines: log-probs, values and updates over packed micro-batches."""

@@ -1,0 +1,108 @@
+"""What an update minimises: each loss turns a packed micro-batch's outputs into one number and its statistics.
+
+The engine does not know the algorithm: it hands over outputs, rows and token weights whose sum over all micro-batches
+and workers is already the normalisation.  R: response tokens of the micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from siirl.algorithms.kl import kl_estimate
+from siirl.algorithms.policy_losses import PolicyLossInput
+from siirl.algorithms.registry import get_policy_loss
+from siirl.algorithms.value_loss import value_loss
+from siirl.config.schema import AlgorithmConfig
+from siirl.data.batch import Batch
+from siirl.telemetry.accumulator import StepMetrics
+
+Loss = Callable[[tuple[Tensor, ...], Batch, Tensor, StepMetrics], Tensor]
+"""(model outputs, the micro-batch's rows, weights_R, metrics) -> the micro-batch's share of the loss."""
+
+
+def policy_update(config: AlgorithmConfig) -> Loss:
+    """Policy loss, KL to a reference, entropy bonus.
+
+    Without a column ``old_log_probs`` the samples are of the very policy that is updated: its own log-probs, detached,
+    stand in, and the ratio is exactly 1 whatever the split into micro-batches.
+    """
+    policy_loss = get_policy_loss(config.policy_loss)
+
+    def loss(outputs: tuple[Tensor, ...], rows: Batch, weights_R: Tensor, metrics: StepMetrics) -> Tensor:
+        log_probs_R, entropy_R = outputs
+        device = log_probs_R.device
+        old_R = rows.ragged("old_log_probs").values.to(device) if "old_log_probs" in rows else log_probs_R.detach()
+        advantages_R = rows.ragged("advantages").values.to(device)
+        offsets = rows.ragged("response_ids").offsets.to(device)
+        loss_R, stats = policy_loss(PolicyLossInput(log_probs_R, old_R, advantages_R, offsets), config)
+        total = (weights_R * loss_R).sum()
+        counted = (weights_R > 0).float()
+        tokens = counted.sum().item()
+        kl_R = old_R - log_probs_R.detach()
+        if "ref_log_probs" in rows:
+            kl_R = kl_estimate(log_probs_R, rows.ragged("ref_log_probs").values.to(device), config.kl_estimator)
+            total = total + config.kl_coef * (weights_R * kl_R).sum()
+        if config.entropy_coef:
+            total = total - config.entropy_coef * (weights_R * entropy_R).sum()
+        metrics.mean("actor/kl", _sum(counted * kl_R), tokens)
+        metrics.mean("actor/entropy", _sum(counted * entropy_R), tokens)
+        metrics.mean("actor/clip_fraction", _sum(counted * stats["clipped"]), tokens)
+        metrics.max("actor/ratio_max", _max(stats["ratio"], counted))
+        metrics.min("actor/ratio_min", None if (top := _max(-stats["ratio"], counted)) is None else -top)
+        if "rollout_log_probs" in rows:
+            gap_R = counted * (old_R - rows.ragged("rollout_log_probs").values.to(device)).abs()
+            metrics.max("rollout/logprob_diff_max", _max(gap_R, counted))
+            metrics.mean("rollout/logprob_diff_mean", _sum(gap_R), tokens)
+        return total
+
+    return loss
+
+
+def value_update(config: AlgorithmConfig) -> Loss:
+    """The critic's clipped squared error."""
+
+    def loss(outputs: tuple[Tensor, ...], rows: Batch, weights_R: Tensor, metrics: StepMetrics) -> Tensor:
+        (values_R,) = outputs
+        device = values_R.device
+        old_R, returns_R = rows.ragged("values").values.to(device), rows.ragged("returns").values.to(device)
+        loss_R, clipped_R = value_loss(values_R, old_R, returns_R, config.value_clip)
+        total = config.value_coef * (weights_R * loss_R).sum()
+        counted = (weights_R > 0).float()
+        tokens = counted.sum().item()
+        metrics.mean("critic/clip_fraction", _sum(counted * clipped_R), tokens)
+        metrics.mean("critic/value_mean", _sum(counted * values_R), tokens)
+        metrics.mean("critic/return_mean", _sum(counted * returns_R), tokens)
+        return total
+
+    return loss
+
+
+def supervised_update(config: AlgorithmConfig) -> Loss:
+    """Negative log-likelihood of the response tokens."""
+
+    def loss(outputs: tuple[Tensor, ...], rows: Batch, weights_R: Tensor, metrics: StepMetrics) -> Tensor:
+        log_probs_R, entropy_R = outputs
+        total = -(weights_R * log_probs_R).sum()
+        counted = (weights_R > 0).float()
+        metrics.mean("actor/entropy", _sum(counted * entropy_R), counted.sum().item())
+        return total
+
+    return loss
+
+
+LOSSES: dict[str, Callable[[AlgorithmConfig], Loss]] = {
+    "policy": policy_update,
+    "value": value_update,
+    "sft": supervised_update,
+}
+
+
+def _sum(x: Tensor) -> float:
+    return x.detach().double().sum().item()
+
+
+def _max(x: Tensor, counted: Tensor) -> float | None:
+    kept = x.detach()[counted.bool()]
+    return kept.max().item() if len(kept) else None

@@ -1,0 +1,107 @@
+"""Mini-batches and packed micro-batches: which rows go together, and their tokens without a padding token.
+
+Shapes: T packed input tokens, R response tokens, N rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from siirl.data.batch import Batch
+from siirl_kernels.packing import PackedSequences
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of a batch, packed.
+
+    A row's input is its prompt and its response but the last token, whose successor nobody asks for.
+
+    Attributes:
+        rows: int64 [N], rows of the batch, on the host.
+        tokens_T: input token ids.
+        sequences: where each row begins and ends in the input.
+        predict_R: positions in the input whose hidden state predicts a response token.
+        targets_R: those response tokens.
+        offsets: int64 [N+1] on the host: the response tokens of each row.
+    """
+
+    rows: Tensor
+    tokens_T: Tensor
+    sequences: PackedSequences
+    predict_R: Tensor
+    targets_R: Tensor
+    offsets: Tensor
+
+
+def input_lengths(batch: Batch) -> Tensor:
+    """Input tokens of each row, int64 [rows]: what a micro-batch's budget counts."""
+    return (batch.lengths("prompt_ids") + batch.lengths("response_ids") - 1).clamp(min=1)
+
+
+def split(lengths: Tensor, budget: int) -> list[Tensor]:
+    """Split rows into micro-batches of at most ``budget`` tokens: like lengths together, each at least one row.
+
+    Args:
+        lengths: int64 [rows].
+        budget: tokens of one micro-batch.
+
+    Returns:
+        Row indices of each micro-batch, ascending within it; a function of the lengths alone.
+    """
+    parts: list[list[int]] = []
+    tokens = 0
+    for row in lengths.argsort(descending=True, stable=True).tolist():
+        if not parts or tokens + int(lengths[row]) > budget:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(row)
+        tokens += int(lengths[row])
+    return [torch.tensor(sorted(part)) for part in parts]
+
+
+def mini_batch_index(slots: Tensor, prompts: int, mini_batches: int) -> Tensor:
+    """The mini-batch of each row, int64 [rows]: the m-th holds the m-th part of the step's global order of prompts.
+
+    Needs no word with another worker, and does not depend on their number.
+
+    Args:
+        slots: int64 [rows], position of each row's prompt in the step's order.
+        prompts: prompts of the step over all workers.
+        mini_batches: updates per pass.
+    """
+    return slots * mini_batches // prompts
+
+
+def pack(batch: Batch, rows: Tensor, device: torch.device) -> MicroBatch:
+    """Pack these rows of a batch with columns ``prompt_ids`` and ``response_ids``, both ragged int64."""
+    prompts, responses = batch.ragged("prompt_ids").take(rows), batch.ragged("response_ids").take(rows)
+    pieces: list[Tensor] = []
+    for prompt, response in zip(prompts.rows(), responses.rows(), strict=True):
+        pieces += [prompt, response[:-1]]
+    responded = responses.lengths
+    # an empty response still leaves its prompt's last token in: a row without tokens has no place in a packed batch
+    lengths = prompts.lengths + (responded - 1).clamp(min=0)
+    first = lengths.cumsum(0) - lengths + prompts.lengths - 1
+    within = torch.arange(int(responded.sum())) - torch.repeat_interleave(responses.offsets[:-1], responded)
+    predict = torch.repeat_interleave(first, responded) + within
+    return MicroBatch(
+        rows,
+        torch.cat(pieces).to(device),
+        PackedSequences(tuple(lengths.tolist()), device),
+        predict.to(device),
+        responses.values.to(device),
+        responses.offsets,
+    )
+
+
+def dummy(device: torch.device) -> MicroBatch:
+    """One token without a loss, for a worker that has to take part in a sharded pass and has no row left."""
+    none = torch.empty(0, dtype=torch.int64)
+    token = torch.zeros(1, dtype=torch.int64, device=device)
+    return MicroBatch(
+        none, token, PackedSequences((1,), device), none.to(device), none.to(device), torch.zeros(1, dtype=torch.int64)
+    )
