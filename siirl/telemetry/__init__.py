@@ -1,0 +1,1 @@
+"""What a run tells: metrics, TensorBoard, traces, the progress display and the report."""
