@@ -1,0 +1,1 @@
+"""Checkpoints: whole or absent, without pickle, written and read by every worker."""

@@ -1,0 +1,66 @@
+"""What a node's implementation may use, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from siirl.algorithms.kl import KLController
+from siirl.config.schema import Config
+from siirl.data.batch import Batch, Column
+from siirl.data.dataloader import DistributedDataloader, Item
+from siirl.data.prompts import PromptReader
+from siirl.device.backend import Backend
+from siirl.device.collectives import Collectives
+from siirl.rewards.pool import RewardPool
+from siirl.telemetry.accumulator import StepMetrics
+
+if TYPE_CHECKING:
+    from siirl.worker.models import Models
+
+
+@dataclass
+class Context:
+    """One worker's view of a stage.
+
+    ``step`` counts from 1; ``rollout_seed`` differs by stage, for sample ids begin anew in each.
+    """
+
+    stage: str
+    config: Config
+    run_dir: Path
+    backend: Backend
+    collectives: Collectives
+    models: Models
+    loader: DistributedDataloader
+    reader: PromptReader
+    held_out: list[Item]
+    eval_reader: PromptReader
+    rewards: RewardPool
+    metrics: StepMetrics
+    kl: KLController
+    rollout_seed: int
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Output:
+    """What an op did to the batch.
+
+    Attributes:
+        columns: new columns, by their formal names; ragged or dense, over the rows after ``take``.
+        take: int64 [rows]: the rows that go on, in order; a row may come several times. None: all, once.
+        batch: a new batch in place of the old one (an op that is a source of rows).
+    """
+
+    columns: Mapping[str, Column] = field(default_factory=dict)
+    take: Tensor | None = None
+    batch: Batch | None = None
+
+
+Op = Callable[..., Output | Mapping[str, Column] | None]
+"""(context, the columns it reads under their formal names, node) -> Output, or just its columns."""

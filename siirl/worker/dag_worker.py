@@ -1,0 +1,138 @@
+"""The worker: runs its own plan, one step after another, and asks nobody what comes next."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from siirl.dag.ops import find_op, python_target
+from siirl.dag.plan import Step, WorkerPlan, due
+from siirl.data.batch import Batch, Column
+from siirl.data.databuffer import redistribute
+from siirl.errors import SiirlError
+from siirl.telemetry.trace import Tracer
+from siirl.training.microbatch import mini_batch_index
+from siirl.user_code import blame, load_function
+from siirl.worker.context import Context, Op, Output
+from siirl.worker.ops import OPS
+
+# which of a step's times an op counts for
+_TIMES = {
+    "rollout": "time/rollout_s",
+    "reward": "time/reward_s",
+    "log_prob": "time/log_prob_s",
+    "value": "time/log_prob_s",
+    "update": "time/update_s",
+    "sync_weights": "time/sync_weights_s",
+    "evaluate": "time/evaluate_s",
+}
+_IDS = ("sample_id", "group_id", "slot")
+
+
+class DagWorker:
+    """Runs one :class:`WorkerPlan`.
+
+    Args:
+        plan: this worker's pipeline.
+        context: what its nodes may use.
+        tracer: times every node.
+    """
+
+    def __init__(self, plan: WorkerPlan, context: Context, tracer: Tracer) -> None:
+        self._plan, self._context, self._tracer = plan, context, tracer
+        self._functions = {step.id: _function(step) for step in plan.steps if step.kind == "node"}
+
+    def run_step(self, number: int) -> dict[str, float]:
+        """Run the pipeline once and return the step's metrics, reduced over all workers."""
+        context = self._context
+        context.step = number
+        context.backend.reset_peak_memory()
+        start = time.perf_counter()
+        batch = Batch({})
+        for step in self._plan.steps:
+            batch = self._run(step, batch)
+        return self._metrics(time.perf_counter() - start)
+
+    def _run(self, step: Step, batch: Batch) -> Batch:
+        if step.kind == "drop":
+            return batch.drop([name for name in step.fields if name in batch])
+        if step.kind == "node" and not due(step, self._context.step, self._context.config):
+            return batch
+        with self._tracer.span(step.id, step=self._context.step, stage=self._context.stage):
+            if step.kind == "redistribute":
+                return self._redistribute(step, batch)
+            output = self._functions[step.id](self._context, self._view(step, batch), step)
+        return self._apply(step, batch, output)
+
+    def _redistribute(self, step: Step, batch: Batch) -> Batch:
+        config = self._context.config
+        assert step.target is not None
+        batch, moved = redistribute(
+            batch,
+            self._context.collectives,
+            fields=[name for name in step.fields if name in batch and name not in _IDS],
+            split=step.target.split,
+            strata=mini_batch_index(batch.dense("slot"), config.data.prompts_per_step, config.algorithm.mini_batches),
+        )
+        self._context.metrics.sum("data/redistributed_bytes", moved.bytes_sent)
+        return batch
+
+    def _view(self, step: Step, batch: Batch) -> Batch:
+        """The columns a node reads, under the names its op knows them by, and the rows' ids."""
+        columns = {name: batch[name] for name in _IDS if name in batch}
+        return Batch(columns | {formal: batch[name] for formal, name in step.reads.items() if name in batch})
+
+    def _apply(self, step: Step, batch: Batch, output: Output | Mapping[str, Column] | None) -> Batch:
+        if not isinstance(output, Output):
+            output = Output(columns=output or {})
+        if output.batch is not None:
+            return output.batch
+        if output.take is not None:
+            batch = batch.take(output.take)
+        columns = {}
+        for formal, column in output.columns.items():
+            if formal not in step.writes and formal not in _IDS:
+                raise SiirlError(f"node '{step.id}' gave back the column '{formal}', which its 'writes' does not name")
+            columns[step.writes.get(formal, formal)] = column
+        return batch.with_columns(**columns)
+
+    def _metrics(self, seconds: float) -> dict[str, float]:
+        metrics, memory = self._context.metrics, self._context.backend.memory()
+        durations = self._tracer.durations()
+        times: dict[str, float] = {}
+        for step in self._plan.steps:
+            key = "time/redistribute_s" if step.kind == "redistribute" else _TIMES.get(step.op)
+            if key is not None and step.id in durations:
+                times[key] = times.get(key, 0.0) + durations[step.id]
+        for key, value in {**times, "time/step_s": seconds}.items():
+            metrics.max(key, value)
+        metrics.max("memory/host_peak_bytes", memory.host_peak)
+        metrics.max("memory/device_peak_bytes", memory.peak)
+        reduced = metrics.reduce(self._context.collectives)
+        for unit in ("samples", "tokens"):
+            if (count := reduced.pop(f"throughput/{unit}", None)) is not None:
+                reduced[f"throughput/{unit}_per_s"] = count / reduced["time/step_s"]
+        return reduced
+
+
+def _function(step: Step) -> Op:
+    """The implementation of a node's op."""
+    if step.op in OPS:
+        return OPS[step.op]
+    if step.op.startswith("python:"):
+        target, name = python_target(step.op)
+        function = load_function(f"{target}:{name}", "op")
+    else:
+        registered = find_op(step.op).function
+        assert registered is not None, f"the op '{step.op}' has no implementation"
+        function = registered
+
+    def run(context: Context, batch: Batch, node: Step) -> Output | Mapping[str, Column] | None:
+        try:
+            return function(batch, context=context, **node.params)
+        except Exception as error:  # whatever a user's code raises, with its place
+            if isinstance(error, SiirlError):
+                raise
+            raise SiirlError(f"node '{node.id}' raised {type(error).__name__}{blame(error)}: {error}") from error
+
+    return run

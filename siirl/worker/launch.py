@@ -1,0 +1,269 @@
+"""Launching a run: everything that can be refused is refused here, then the workers start.
+
+``local`` starts one process per worker on this machine (one worker runs in this very process), ``env`` is one worker
+of a run that torchrun or Slurm started.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from siirl.config.loader import Resolved, Stage, dump
+from siirl.dag.graph import Graph
+from siirl.dag.plan import Table, batch_table, check_batch
+from siirl.dag.planner import plan, plan_steps
+from siirl.data.sources import open_source, split
+from siirl.device import resolve, select
+from siirl.device.backend import Backend
+from siirl.errors import RequestError, SiirlError
+from siirl.model.paths import check_path
+from siirl.telemetry.display import ProgressDisplay
+from siirl.telemetry.metrics import read_metrics
+from siirl.telemetry.report import write_report
+from siirl.telemetry.trace import merge_traces
+from siirl.worker import run_dir as directories
+from siirl.worker.processes import Stopped, run_processes, worker_log
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its directory, its metrics as in ``metrics.jsonl``, its report."""
+
+    dir: Path
+    metrics: list[dict[str, Any]]
+    report: Path | None
+
+
+def train(
+    resolved: Resolved,
+    *,
+    device: str | None = None,
+    workers: int | None = None,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    launcher: str = "local",
+    stream: TextIO | None = None,
+) -> RunResult:
+    """Run a recipe to its end.
+
+    Args:
+        resolved: the configuration of all stages.
+        device, workers, run_dir: override the configuration's.
+        resume: go on from the newest checkpoint of the run directory (the newest of this name when none is given).
+        launcher: ``local`` or ``env``.
+        stream: where progress is shown; standard output when absent.
+
+    Raises:
+        RequestError: something in the request cannot work.
+        DeviceError: the device is not usable.
+        Stopped: SIGTERM or SIGINT ended the run, after a checkpoint.
+        SiirlError: a worker failed.
+    """
+    resolved = _with(resolved, device, workers)
+    backend = resolve(device, resolved.main.device)
+    check(resolved)
+    if launcher == "env":
+        return _train_env(resolved, backend, run_dir, resume, stream or sys.stdout)
+    if launcher != "local":
+        raise RequestError(f"launcher '{launcher}' is not available; use local or env")
+    directory = directories.choose(resolved.main, run_dir, resume)
+    with directories.lock(directory):
+        _describe(resolved, directory)
+        _print_tables(resolved, stream or sys.stdout)
+        return _finish(resolved, backend, directory, resume, stream or sys.stdout)
+
+
+def check(resolved: Resolved) -> None:
+    """Refuse what cannot work, before any process starts."""
+    check_path(resolved.main.model.path)
+    for stage in resolved.stages:
+        config = stage.config
+        graph = Graph.from_yaml(config.pipeline)
+        check_batch(config, config.workers, graph)
+        plan_steps(graph, config, config.workers)
+        split(open_source(config.data.source, config=config.data, seed=config.seed), config.data.held_out, config.seed)
+        _check_engines(stage)
+
+
+def _check_engines(stage: Stage) -> None:
+    config = stage.config
+    if config.rollout.engine != "native":
+        raise RequestError(f"rollout.engine is '{config.rollout.engine}', which is not installed; use native")
+    if config.training.engine != "fsdp":
+        raise RequestError(f"training.engine is '{config.training.engine}', which is not installed; use fsdp")
+
+
+def _with(resolved: Resolved, device: str | None, workers: int | None) -> Resolved:
+    changes: dict[str, Any] = {}
+    if device is not None:
+        changes["device"] = device
+    if workers is not None:
+        changes["workers"] = workers
+    stages = [Stage(stage.name, stage.config.model_copy(update=changes)) for stage in resolved.stages]
+    return Resolved(resolved.path, tuple(stages))
+
+
+def _describe(resolved: Resolved, directory: Path) -> None:
+    """Write the configuration and every worker's plan."""
+    (directory / "config.yaml").write_text(dump(resolved))
+    stages = []
+    for stage in resolved.stages:
+        plans = plan(Graph.from_yaml(stage.config.pipeline), stage.config, stage.config.workers)
+        stages.append({"stage": stage.name, "plans": [p.to_dict() for p in plans]})
+    main = resolved.main
+    described = {"workers": main.workers, "pipeline": main.pipeline, "stages": stages}
+    (directory / "plan.json").write_text(json.dumps(described, indent=1))
+
+
+def _print_tables(resolved: Resolved, stream: TextIO) -> None:
+    for stage in resolved.stages:
+        table = batch_table(stage.config, stage.config.workers, Graph.from_yaml(stage.config.pipeline))
+        _print(Table(f"{stage.name} · {stage.config.pipeline}: {table.title}", table.columns, table.rows), stream)
+    stream.flush()
+
+
+def _print(table: Table, stream: TextIO) -> None:
+    widths = [max(len(row[i]) for row in (table.columns, *table.rows)) for i in range(len(table.columns) - 1)]
+    print(table.title, file=stream)
+    for row in (table.columns, *table.rows):
+        cells = [cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)]
+        print("  " + "  ".join(cells).rstrip(), file=stream)
+
+
+def _finish(resolved: Resolved, backend: Backend, directory: Path, resume: bool, stream: TextIO) -> RunResult:
+    """Run the workers under a display, then write the summary, the merged trace and the report, however it ended."""
+    config = resolved.main
+    steps = {stage.name: stage.config.training.steps for stage in resolved.stages}
+    started = time.perf_counter()
+    error: SiirlError | None = None
+    try:
+        with ProgressDisplay(directory, steps, stream):
+            if config.workers == 1:
+                _run_here(resolved, directory, resume)
+            else:
+                run_processes(directory, config, backend, resume)
+    except SiirlError as failure:
+        error = failure
+    status = "finished" if error is None else "stopped" if isinstance(error, Stopped) else "failed"
+    summary = {
+        "status": status,
+        "device": backend.name,
+        "workers": config.workers,
+        "model": config.model.path,
+        "seconds": time.perf_counter() - started,
+        **({} if error is None else {"error": str(error)}),
+    }
+    (directory / "summary.json").write_text(json.dumps(summary, indent=1))
+    report = _conclude(directory, config.logging.trace, config.logging.report)
+    if error is not None:
+        raise error
+    metrics = read_metrics(directory)
+    print(_verdict(metrics, directory, report), file=stream)
+    return RunResult(directory, metrics, report)
+
+
+def _conclude(directory: Path, trace: bool, report: bool) -> Path | None:
+    if trace:
+        merge_traces(directory)
+    return write_report(directory) if report else None
+
+
+def _run_here(resolved: Resolved, directory: Path, resume: bool) -> None:
+    backend = select(None, resolved.main.device)
+    from siirl.worker.run import run_worker
+
+    with worker_log(directory, 0):
+        stopped = run_worker(
+            resolved, directory, backend, rank=0, local_rank=0, workers=1, local_workers=1, resume=resume
+        )
+    if stopped:
+        raise Stopped(stopped, directory)
+
+
+def _train_env(
+    resolved: Resolved, backend: Backend, run_dir: str | Path | None, resume: bool, stream: TextIO
+) -> RunResult:
+    """One worker of a run whose processes torchrun or Slurm started; worker 0 also prepares and shows."""
+    place = Place.from_environment(os.environ)
+    resolved = _with(resolved, None, place.workers)
+    check(resolved)
+    if run_dir is None and resolved.main.run_dir is None:
+        raise RequestError("--launcher env needs --run-dir (or run_dir): all workers write to the same directory")
+    directory = directories.choose(resolved.main, run_dir, resume, create=place.rank == 0)
+    loaded = select(None, resolved.main.device)
+    from siirl.worker.run import run_worker
+
+    steps = {stage.name: stage.config.training.steps for stage in resolved.stages}
+    with ExitStack() as stack:
+        if place.rank == 0:
+            stack.enter_context(directories.lock(directory))
+            _describe(resolved, directory)
+            _print_tables(resolved, stream)
+        stack.enter_context(ProgressDisplay(directory, steps, stream) if place.rank == 0 else nullcontext())
+        stopped = run_worker(
+            resolved,
+            directory,
+            loaded,
+            rank=place.rank,
+            local_rank=place.local_rank,
+            workers=place.workers,
+            local_workers=place.local_workers,
+            resume=resume,
+        )
+    if stopped:
+        raise Stopped(stopped, directory)
+    logging = resolved.main.logging
+    report = _conclude(directory, logging.trace, logging.report) if place.rank == 0 else None
+    metrics = read_metrics(directory)
+    if place.rank == 0:
+        print(_verdict(metrics, directory, report), file=stream)
+    return RunResult(directory, metrics, report)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker stands among all workers and on its node."""
+
+    rank: int
+    workers: int
+    local_rank: int
+    local_workers: int
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Place:
+        """Read torchrun's variables, else Slurm's.
+
+        Raises:
+            RequestError: neither has set them.
+        """
+        for names in (
+            ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+            ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+        ):
+            if all(name in environment for name in names[:3]):
+                rank, workers, local_rank = (int(environment[name]) for name in names[:3])
+                return cls(rank, workers, local_rank, int(environment.get(names[3], "1").split("(")[0]))
+        raise RequestError("--launcher env: neither RANK, WORLD_SIZE and LOCAL_RANK (torchrun) nor SLURM_PROCID is set")
+
+
+def _verdict(metrics: list[dict[str, Any]], directory: Path, report: Path | None) -> str:
+    """The run in two lines: what was reached, and where to look."""
+    main = [record for record in metrics if record.get("stage") == "main"]
+    rewards = [record["reward/mean"] for record in main if "reward/mean" in record]
+    evaluations = [record["eval/reward_mean"] for record in metrics if "eval/reward_mean" in record]
+    parts = [f"{len(main)} steps"]
+    if rewards:
+        window = max(1, min(5, len(rewards) // 2))
+        first, last = sum(rewards[:window]) / window, sum(rewards[-window:]) / window
+        parts.append(f"mean reward {first:.3f} → {last:.3f}")
+    if evaluations:
+        parts.append(f"held-out greedy reward {evaluations[-1]:.3f}")
+    return f"{', '.join(parts)}\n{'report' if report else 'run'}: {report or directory}"

@@ -1,0 +1,135 @@
+"""The models of a worker: the actor with its rollout engine, the critic, the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from siirl.checkpoint.optimizer import optimizer_tensors
+from siirl.config.schema import Config
+from siirl.device.backend import Backend
+from siirl.device.collectives import Collectives
+from siirl.errors import RequestError
+from siirl.model.critic import ValueModel
+from siirl.model.load import Loaded, load_model
+from siirl.model.tokenizer import decode, eos_ids
+from siirl.rollout.engine import NativeEngine
+from siirl.training.fsdp import TrainingEngine
+
+# the rollout cache's share of the memory a worker may use
+_CACHE_SHARE = 0.3
+
+
+class Models:
+    """Loads, holds and names the models; the actor lives through all stages, the others through one.
+
+    Args:
+        config: of the run's main stage.
+        backend, collectives: of this worker.
+    """
+
+    def __init__(self, config: Config, backend: Backend, collectives: Collectives) -> None:
+        self._config, self._backend, self._collectives = config, backend, collectives
+        loaded = self._load(config.model.path)
+        self.tokenizer = loaded.tokenizer
+        self.eos_ids = eos_ids(loaded.tokenizer, loaded.model.config)
+        self.engines: dict[str, TrainingEngine] = {"actor": self._engine(loaded.model, "actor")}
+        self._shared = not self.actor.sharded and config.training.dtype == "float32"
+        self.rollout = self._rollout_engine()
+        self.reloadable_reference = True
+
+    def __getitem__(self, name: str) -> TrainingEngine:
+        return self.engines[name]
+
+    @property
+    def actor(self) -> TrainingEngine:
+        return self.engines["actor"]
+
+    def begin_stage(self, config: Config, wanted: Iterable[str], first: bool) -> None:
+        """Make the models a stage's plan names; the actor starts a new optimiser.
+
+        Args:
+            config: of the stage.
+            wanted: names in the plan.
+            first: no stage has run before, so the actor's weights are those of its file.
+        """
+        self.engines = {"actor": self.actor}
+        self.actor.begin(config, config.training.lr)
+        if "reference" in wanted:
+            self.reloadable_reference = first or config.model.reference is not None
+            module = self._copy_of_actor(config.model.reference)
+            self.engines["reference"] = self._engine(module, "reference")
+            self.engines["reference"].begin(config, None)
+        if "critic" in wanted:
+            critic = ValueModel(self._copy_of_actor(config.model.critic))
+            self.engines["critic"] = self._engine(critic, "critic")
+            lr = config.training.lr if config.training.critic_lr is None else config.training.critic_lr
+            self.engines["critic"].begin(config, lr)
+        self.sync_rollout()
+
+    def sync_rollout(self) -> None:
+        """Give the rollout engine the actor's weights: nothing to do where it computes with the same tensors."""
+        weights = () if self._shared else self.actor.named_weights()
+        self.rollout.update_weights(weights, self.rollout.version + 1)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of tokens, without special tokens."""
+        return decode(self.tokenizer, ids)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor of a checkpoint by name; views of the live ones, so that filling them restores the models."""
+        found: dict[str, torch.Tensor] = {}
+        for name, engine in self.engines.items():
+            if name == "reference" and self.reloadable_reference:
+                continue
+            found |= {f"{name}.model.{key}": p.detach() for key, p in engine.model.named_parameters()}
+            if engine.optimizer is not None:
+                found |= {
+                    f"{name}.optimizer.{key}": t for key, t in optimizer_tensors(engine.model, engine.optimizer).items()
+                }
+        return found
+
+    def _load(self, path: str) -> Loaded:
+        model = self._config.model
+        return load_model(
+            path,
+            seed=self._config.seed,
+            initializer_range=model.initializer_range,
+            trust_remote_code=model.trust_remote_code,
+        )
+
+    def _engine(self, module: nn.Module, name: str) -> TrainingEngine:
+        return TrainingEngine(module, self._config.training, self._backend, self._collectives, name)
+
+    def _copy_of_actor(self, path: str | None) -> nn.Module:
+        """A model of its own: from ``path``, else with the weights the actor has now."""
+        if path is not None:
+            other = self._load(path)
+            if other.tokenizer.get_vocab() != self.tokenizer.get_vocab():
+                raise RequestError(f"model '{path}' has another vocabulary than the actor '{self._config.model.path}'")
+            return other.model
+        module = self._load(self._config.model.path).model
+        own = dict(module.named_parameters())
+        with torch.no_grad():
+            for name, weight in self.actor.named_weights():
+                own[name].copy_(weight)
+        return module
+
+    def _rollout_engine(self) -> NativeEngine:
+        module = self.actor.model
+        if not self._shared:
+            module = self._load(self._config.model.path).model.to(
+                self._backend.device(), getattr(torch, self._config.training.dtype)
+            )
+            module.requires_grad_(False)
+        memory = self._backend.memory()
+        share = self._collectives.size if memory.unified else 1
+        return NativeEngine(
+            module,
+            self.eos_ids,
+            self.decode,
+            self._config.rollout.max_sequences,
+            int(_CACHE_SHARE * memory.total / share),
+        )

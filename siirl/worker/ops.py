@@ -1,0 +1,206 @@
+"""The built-in ops: what each node of a pipeline does on one worker."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from siirl.algorithms.filters import get_filter
+from siirl.algorithms.masking import global_mean
+from siirl.algorithms.registry import get_advantage
+from siirl.algorithms.rewards_kl import kl_token_rewards
+from siirl.checkpoint.store import directory_name
+from siirl.dag.plan import Step
+from siirl.data.batch import Batch, Ragged
+from siirl.rewards.pool import RewardResult
+from siirl.rollout.sampling import Sampling
+from siirl.telemetry.jsonl import rewrite
+from siirl.training.losses import LOSSES
+from siirl.worker.context import Context, Op, Output
+
+OPS: dict[str, Op] = {}
+
+
+def _op(function: Callable[..., Any]) -> Callable[..., Any]:
+    OPS[function.__name__] = function
+    return function
+
+
+@_op
+def data(context: Context, batch: Batch, node: Step) -> Output:
+    """This worker's prompts of the step."""
+    items = context.loader.next_indices()
+    read = context.reader.read(items, supervised=bool(node.params.get("supervised")))
+    context.metrics.sum("data/skipped", len(items) - len(read))
+    if "response_ids" in read:
+        _lengths(context, read)
+    return Output(batch=read)
+
+
+@_op
+def rollout(context: Context, batch: Batch, node: Step) -> Output:
+    """``rollout.group_size`` responses to each prompt."""
+    config = context.config.rollout
+    group = config.group_size
+    take = torch.arange(len(batch)).repeat_interleave(group)
+    samples = batch.dense("sample_id")[take] + torch.arange(group).repeat(len(batch))
+    prompts = [row.tolist() for row in batch.ragged("prompt_ids").rows()]
+    sampling = Sampling(
+        config.max_new_tokens,
+        config.temperature,
+        config.top_p,
+        config.top_k,
+        config.min_p,
+        config.ignore_eos,
+        tuple(config.stop),
+    )
+    done = context.models.rollout.generate(prompts, samples, sampling, group, context.rollout_seed)
+    lengths = done.response_ids.lengths.float()
+    context.metrics.mean("response/truncated_fraction", float((done.finish_reason == 1).sum()), len(lengths))
+    _lengths(context, Batch({"response_ids": done.response_ids, "prompt_ids": batch.ragged("prompt_ids").take(take)}))
+    columns = {
+        "sample_id": samples,
+        "response_ids": done.response_ids,
+        "rollout_log_probs": done.log_probs,
+        "finish_reason": done.finish_reason,
+    }
+    return Output(columns, take)
+
+
+@_op
+def reward(context: Context, batch: Batch, node: Step) -> dict[str, torch.Tensor]:
+    """Score responses in the reward processes; a sample without a score is marked failed."""
+    results = _score(context, batch)
+    failed = torch.tensor([r.reward is None for r in results], dtype=torch.bool)
+    values = torch.tensor([r.reward or 0.0 for r in results], dtype=torch.float32)
+    good = values[~failed].double()
+    context.metrics.mean("reward/mean", float(good.sum()), len(good))
+    context.metrics.std("reward/std", float(good.sum()), float(good.square().sum()), len(good))
+    context.metrics.sum("reward/failed", float(failed.sum()))
+    return {"reward": values, "failed": failed}
+
+
+@_op
+def advantage(context: Context, batch: Batch, node: Step) -> dict[str, Ragged]:
+    """The registered estimator ``algorithm.advantage``."""
+    return get_advantage(context.config.algorithm.advantage)(batch, context.config.algorithm, context.collectives)
+
+
+@_op
+def filter(context: Context, batch: Batch, node: Step) -> Output:
+    """Keep the rows that the registered filter ``params.name`` marks."""
+    keep = get_filter(node.params["name"])(batch, context.config.algorithm)
+    context.metrics.mean("data/kept_fraction", float(keep.sum()), len(keep))
+    return Output(take=keep.nonzero().squeeze(1))
+
+
+@_op
+def log_prob(context: Context, batch: Batch, node: Step) -> dict[str, Ragged]:
+    """Log-probs of the response tokens under the node's model."""
+    assert node.model is not None
+    return {"log_probs": context.models[node.model].log_probs(batch, context.config.algorithm.mini_batches)}
+
+
+@_op
+def value(context: Context, batch: Batch, node: Step) -> dict[str, Ragged]:
+    """The critic's values."""
+    assert node.model is not None
+    return {"values": context.models[node.model].values(batch, context.config.algorithm.mini_batches)}
+
+
+@_op
+def kl_reward(context: Context, batch: Batch, node: Step) -> dict[str, Ragged]:
+    """Rewards per token with the KL penalty, and the controller's next coefficient."""
+    failed = batch.dense("failed") if "failed" in batch else torch.zeros(len(batch), dtype=torch.bool)
+    rewards, kl = kl_token_rewards(
+        batch.dense("reward"),
+        failed,
+        batch.ragged("old_log_probs"),
+        batch.ragged("ref_log_probs"),
+        context.kl.coef,
+        context.config.algorithm.kl_reward_estimator,
+    )
+    mean, count = global_mean(kl, ~failed, context.collectives)
+    context.metrics.mean("reward/kl_coef", context.kl.coef, 1)
+    context.metrics.mean("reward/kl_per_sequence", mean, 1)
+    context.kl.update(mean, count)
+    return {"token_rewards": rewards}
+
+
+@_op
+def update(context: Context, batch: Batch, node: Step) -> None:
+    """Optimise the node's model."""
+    assert node.model is not None
+    loss = LOSSES[node.params.get("loss", "policy")](context.config.algorithm)
+    context.models[node.model].update(batch, loss, context.step, context.metrics)
+
+
+@_op
+def sync_weights(context: Context, batch: Batch, node: Step) -> None:
+    """Give the rollout engine the actor's weights."""
+    context.models.sync_rollout()
+
+
+@_op
+def evaluate(context: Context, batch: Batch, node: Step) -> None:
+    """Greedy responses to this worker's held-out prompts."""
+    if not context.held_out:
+        context.metrics.mean("eval/reward_mean", 0.0, 0)
+        return
+    prompts = context.eval_reader.read(context.held_out)
+    config = context.config.rollout
+    sampling = Sampling(config.max_new_tokens, temperature=0.0, ignore_eos=config.ignore_eos, stop=tuple(config.stop))
+    ids = [row.tolist() for row in prompts.ragged("prompt_ids").rows()]
+    done = context.models.rollout.generate(ids, prompts.dense("sample_id"), sampling, 1, 0)
+    results = _score(context, prompts.with_columns(response_ids=done.response_ids))
+    good = [r.reward for r in results if r.reward is not None]
+    context.metrics.mean("eval/reward_mean", sum(good), len(good))
+
+
+@_op
+def record_samples(context: Context, batch: Batch, node: Step) -> None:
+    """Write the first samples of the step's order to ``samples/``; a bounded number whatever the batch."""
+    wanted = context.config.logging.samples_per_step
+    first = batch.dense("slot") < -(-wanted // context.config.rollout.group_size)
+    rows = batch.take(first.nonzero().squeeze(1))
+    decode = context.models.decode
+    lines = []
+    for i, row in enumerate(rows.texts("row")):
+        sample = json.loads(row)
+        failed = "failed" in rows and bool(rows.dense("failed")[i])
+        line = {
+            "stage": context.stage,
+            "step": context.step,
+            "sample_id": int(rows.dense("sample_id")[i]),
+            "prompt": decode(rows.ragged("prompt_ids").rows()[i].tolist()),
+            "response": decode(rows.ragged("response_ids").rows()[i].tolist()),
+            "reward": None if failed or "reward" not in rows else float(rows.dense("reward")[i]),
+            "answer": sample.get(context.config.data.answer_key),
+        }
+        lines.append(json.dumps(line))
+    parts = context.collectives.gather_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
+    if parts is None:
+        return
+    merged = sorted((json.loads(line) for part in parts for line in part.splitlines()), key=lambda s: s["sample_id"])
+    path = context.run_dir / "samples" / f"{directory_name(context.stage, context.step)}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    rewrite(path, [json.dumps(sample).encode() + b"\n" for sample in merged[:wanted]])
+
+
+def _score(context: Context, batch: Batch) -> list[RewardResult]:
+    rows = [json.loads(text) for text in batch.texts("row")]
+    responses = [context.models.decode(ids.tolist()) for ids in batch.ragged("response_ids").rows()]
+    return context.rewards.score([context.reader.prompt_text(row) for row in rows], responses, rows)
+
+
+def _lengths(context: Context, batch: Batch) -> None:
+    prompts, responses = batch.lengths("prompt_ids"), batch.lengths("response_ids")
+    metrics = context.metrics
+    metrics.mean("prompt/length_mean", float(prompts.sum()), len(prompts))
+    metrics.mean("response/length_mean", float(responses.sum()), len(responses))
+    metrics.max("response/length_max", float(responses.max()) if len(responses) else None)
+    metrics.sum("throughput/samples", len(responses))
+    metrics.sum("throughput/tokens", float(prompts.sum() + responses.sum()))

@@ -1,0 +1,244 @@
+"""The life of one worker: every stage of a run, from the first step or from a checkpoint, to the end or to a signal."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from siirl.algorithms.kl import kl_controller
+from siirl.checkpoint import store
+from siirl.config.loader import Resolved, Stage
+from siirl.dag.graph import Graph
+from siirl.dag.planner import plan_worker
+from siirl.data.dataloader import DistributedDataloader, Item
+from siirl.data.prompts import PromptReader
+from siirl.data.sources import open_source, split
+from siirl.device.backend import Backend, RngState
+from siirl.device.collectives import Collectives
+from siirl.model.export import save_pretrained
+from siirl.rewards.pool import RewardPool
+from siirl.rewards.registry import choose
+from siirl.telemetry.accumulator import StepMetrics
+from siirl.telemetry.metrics import MetricsWriter, TensorBoardWriter
+from siirl.telemetry.trace import Tracer
+from siirl.worker.context import Context
+from siirl.worker.dag_worker import DagWorker
+from siirl.worker.models import Models
+from siirl_kernels import bind
+
+log = logging.getLogger(__name__)
+
+_STOP = "stop_signal"
+
+
+class StopRequest:
+    """SIGTERM and SIGINT ask a run to end after the step in flight; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._take) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, frame: object) -> None:
+        if self.signal:
+            raise SystemExit(128 + number)
+        self.signal = number
+        log.warning("%s: the run ends after this step, with a checkpoint", signal.Signals(number).name)
+
+
+class RunWorker:
+    """One worker of a run.
+
+    Args:
+        resolved: the run's configuration.
+        run_dir: of the run; shared by all workers.
+        backend: bound to this worker's device.
+        collectives: of all workers.
+        resume: go on from the newest checkpoint.
+    """
+
+    def __init__(
+        self, resolved: Resolved, run_dir: Path, backend: Backend, collectives: Collectives, resume: bool
+    ) -> None:
+        config = resolved.main
+        self._resolved, self._run_dir = resolved, run_dir
+        self._backend, self._collectives = backend, collectives
+        self._level = backend.deterministic("on" if config.training.deterministic else "off")
+        backend.seed(config.seed)
+        log.info("kernels: %s", bind(backend.kernel_order()))
+        self._models = Models(config, backend, collectives)
+        self._tracer = Tracer(run_dir, collectives.rank, enabled=config.logging.trace)
+        saved = store.checkpoints(run_dir) if resume else []
+        self._checkpoint = saved[-1] if saved else None
+        self._state = store.load_state(self._checkpoint) if self._checkpoint else None
+        self._writers = self._open_writers(config.logging.tensorboard) if collectives.rank == 0 else []
+
+    def run(self) -> int:
+        """Run all stages; the number of the signal that stopped the run, or 0."""
+        with StopRequest() as stop:
+            first = 0 if self._state is None else self._state["stage_index"]
+            for index, stage in enumerate(self._resolved.stages):
+                if index >= first and self._run_stage(index, stage, stop):
+                    return stop.signal or signal.SIGTERM
+        self._export()
+        return 0
+
+    def _open_writers(self, tensorboard: bool) -> list[MetricsWriter | TensorBoardWriter]:
+        metrics = MetricsWriter(self._run_dir)
+        if self._state is not None:
+            metrics.truncate_after(self._state["stage"], self._state["step"])
+        else:
+            metrics.truncate_after(self._resolved.stages[0].name, 0)
+        return [metrics, *([TensorBoardWriter(self._run_dir)] if tensorboard else [])]
+
+    def _run_stage(self, index: int, stage: Stage, stop: StopRequest) -> bool:
+        """Run one stage; True when the run was asked to stop."""
+        config, rank, workers = stage.config, self._collectives.rank, self._collectives.size
+        plan = plan_worker(Graph.from_yaml(config.pipeline), config, workers, rank)
+        self._models.begin_stage(config, plan.models, first=index == 0)
+        context = self._context(index, stage)
+        state = self._state if self._state is not None and self._state["stage_index"] == index else None
+        start = 0
+        if state is not None:
+            self._restore(state, context)
+            start = state["step"]
+        worker = DagWorker(plan, context, self._tracer)
+        with context.rewards:
+            if any(step.op in ("reward", "evaluate") for step in plan.steps):
+                context.rewards.start()
+            for number in range(start + 1, config.training.steps + 1):
+                context.metrics.max(_STOP, float(stop.signal))
+                metrics = worker.run_step(number)
+                stopping = metrics.pop(_STOP) > 0
+                self._write({"stage": stage.name, "step": number, **metrics})
+                if self._wants_checkpoint(stage, number) or stopping:
+                    self._save(index, context)
+                if stopping:
+                    return True
+        return False
+
+    def _context(self, index: int, stage: Stage) -> Context:
+        config, rank, workers = stage.config, self._collectives.rank, self._collectives.size
+        source = open_source(config.data.source, config=config.data, seed=config.seed)
+        train, held_out = split(source, config.data.held_out, config.seed)
+        eval_source = source
+        if config.data.eval_source is not None:
+            eval_source = open_source(config.data.eval_source, config=config.data, seed=config.seed)
+            held_out = np.arange(len(eval_source))
+        models = self._models
+        eos_id = models.eos_ids[0] if models.eos_ids else None
+        mine = range(rank, len(held_out), workers)
+        return Context(
+            stage=stage.name,
+            config=config,
+            run_dir=self._run_dir,
+            backend=self._backend,
+            collectives=self._collectives,
+            models=models,
+            loader=DistributedDataloader(
+                train, config.data.prompts_per_step, rank, workers, config.seed, config.data.shuffle
+            ),
+            reader=PromptReader(source, config.data, models.tokenizer, eos_id, train, config.seed),
+            held_out=[Item(int(held_out[i]), i, i, 0) for i in mine],
+            eval_reader=PromptReader(eval_source, config.data, models.tokenizer, eos_id, train, config.seed),
+            rewards=RewardPool(
+                choose(config.reward.function, source.scorer),
+                config.reward.params,
+                config.reward.timeout_s,
+                config.reward.workers,
+            ),
+            metrics=StepMetrics(),
+            kl=kl_controller(config.algorithm),
+            rollout_seed=config.seed * 1_000 + index,
+        )
+
+    def _write(self, record: dict[str, Any]) -> None:
+        for writer in self._writers:
+            writer.append(record)
+        self._tracer.flush()
+
+    def _wants_checkpoint(self, stage: Stage, number: int) -> bool:
+        checkpoint = stage.config.checkpoint
+        last = stage.name == "main" and number == stage.config.training.steps
+        return (checkpoint.every > 0 and number % checkpoint.every == 0) or (last and checkpoint.save_last)
+
+    def _save(self, index: int, context: Context) -> None:
+        with self._tracer.span("checkpoint", step=context.step, stage=context.stage):
+            state = {
+                "order": [index, context.step],
+                "stage_index": index,
+                "stage": context.stage,
+                "step": context.step,
+                "loader": context.loader.state_dict(),
+                "kl": context.kl.state_dict(),
+                "weights_version": self._models.rollout.version,
+                "own_reference": not self._models.reloadable_reference,
+            }
+            worker = {"rng": self._backend.rng_state().to_json()}
+            name = store.directory_name(context.stage, context.step)
+            store.save(self._run_dir, name, self._models.tensors(), state, worker, self._collectives)
+            if self._collectives.rank == 0:
+                store.prune(self._run_dir, context.config.checkpoint.keep)
+
+    def _restore(self, state: dict[str, Any], context: Context) -> None:
+        assert self._checkpoint is not None
+        self._models.reloadable_reference = not state["own_reference"]
+        store.load_tensors(self._checkpoint, self._models.tensors(), self._collectives)
+        context.loader.load_state_dict(state["loader"])
+        context.kl.load_state_dict(state["kl"])
+        self._models.sync_rollout()
+        worker = store.load_worker_state(self._checkpoint, self._collectives.rank)
+        if worker is not None:
+            self._backend.set_rng_state(RngState.from_json(worker["rng"]))
+
+    def _export(self) -> None:
+        """The trained actor as a Hugging Face directory, ``RUN_DIR/model``."""
+        weights = dict(self._models.actor.named_weights())
+        if self._collectives.rank == 0:
+            save_pretrained(
+                self._models.actor.model, self._models.tokenizer, self._run_dir / "model", state_dict=weights
+            )
+        self._collectives.barrier()
+
+
+def run_worker(
+    resolved: Resolved,
+    run_dir: Path,
+    backend: Backend,
+    *,
+    rank: int,
+    local_rank: int,
+    workers: int,
+    local_workers: int,
+    resume: bool,
+) -> int:
+    """Run worker ``rank`` of ``workers`` on a loaded back end; 0, or the number of the signal that stopped the run."""
+    config = resolved.main
+    backend.bind(local_rank, config.threads_per_worker or default_threads(local_workers))
+    collectives = Collectives.init(backend, rank, workers, config.timeout_s)
+    started = time.perf_counter()
+    stopped = RunWorker(resolved, run_dir, backend, collectives, resume).run()
+    log.info("worker %d ran for %.1f s", rank, time.perf_counter() - started)
+    collectives.close()
+    return stopped
+
+
+def default_threads(local_workers: int) -> int:
+    """CPU threads of each worker, so that all together use the cores once."""
+    from siirl.device.host import usable_cores
+
+    return max(1, usable_cores() // local_workers)
