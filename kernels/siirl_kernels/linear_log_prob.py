@@ -31,7 +31,7 @@ class LinearLogProb(torch.autograd.Function):
     """See :func:`siirl_kernels.reference.linear_log_prob`."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         tokens, vocabulary = hidden.shape[0], weight.shape[0]
         log_prob = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(log_prob)
@@ -50,7 +50,7 @@ class LinearLogProb(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None
-    ) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    ) -> tuple[Tensor, Tensor, None, None]:
         hidden, weight, target, entropy, kept = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # hundreds of chunks would round away in bfloat16

@@ -82,13 +82,13 @@ class _Scatter(torch.autograd.Function):
     """Rows ``source`` of x, written to rows ``target`` of zeros; both index sets are free of repeats."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, source: Tensor, target: Tensor, rows: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor, source: Tensor, target: Tensor, rows: int) -> Tensor:
         ctx.save_for_backward(source, target)
         ctx.rows = x.shape[0]
         return x.new_zeros((rows, *x.shape[1:])).index_copy_(0, target, x.index_select(0, source))
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
         source, target = ctx.saved_tensors
         out = grad.new_zeros((ctx.rows, *grad.shape[1:])).index_copy_(0, source, grad.index_select(0, target))
         return out, None, None, None

@@ -16,7 +16,10 @@ from siirl_kernels.registry import op
 
 @op
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square normalisation over the last dimension (arXiv 1910.07467), in float32 or above, then x's dtype."""
+    """Root-mean-square normalisation over the last dimension (arXiv 1910.07467), result in x's dtype.
+
+    Computed in float32, or in float64 where x is.
+    """
     if x.dtype in (torch.float32, torch.float64):
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
     return weight * F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype)

@@ -9,8 +9,10 @@ import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -96,12 +98,20 @@ def load_fallback(
         RequestError: `transformers` cannot load it, or its logits are not hidden · head_weightᵀ.
     """
     try:
-        inner = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         line = str(error).strip().partition("\n")[0]
         raise RequestError(f"{where}: {reason}, and transformers cannot load it as a language model ({line})") from None
+    inner, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would go on with random ones
+        raise RequestError(f"{where} lacks {len(missing)} weights of its architecture, the first is {missing[0]}")
     model = TransformersDecoder(inner, eos_token_ids)
     _check_head(model, where)
     message = (
@@ -118,7 +128,7 @@ def _check_head(model: TransformersDecoder, where: str) -> None:
     """Refuse a model whose logits have a bias, a scale or a cap that hidden · head_weightᵀ cannot express."""
     refusal = RequestError(f"{where}: its logits are more than hidden states times a matrix, which is not supported")
     inner, head = model.inner, model.inner.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.bias is not None:
+    if inner.base_model is inner or not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
         raise refusal
     seen: list[Tensor] = []
 

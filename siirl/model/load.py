@@ -47,7 +47,8 @@ def load_model(
     """Load a model from any form of path that :func:`siirl.model.paths.check_path` reads.
 
     Args:
-        path: a Hugging Face directory, a hub id, `gguf:FILE`, `package://PACKAGE/FILE`, `tiny:ARCH:HIDDEN:LAYERS:VOCAB`.
+        path: a Hugging Face directory, a hub id, `gguf:FILE`, `package://PACKAGE/FILE` or
+            `tiny:ARCH:HIDDEN:LAYERS:VOCAB`.
         seed: of the weights of a `tiny:` model.
         dtype: of the parameters.
         initializer_range: standard deviation of the weights of a `tiny:` model.
@@ -121,7 +122,7 @@ def _read_tensors(files: list[Path], where: str, dtype: torch.dtype) -> dict[str
     for file in files:
         try:
             with safe_open(file, framework="pt", device="cpu") as opened:
-                for name in opened.keys():
+                for name in opened.keys():  # noqa: SIM118 (no mapping)
                     if not name.endswith("rotary_emb.inv_freq"):  # a constant that old checkpoints carry
                         tensors[name] = opened.get_tensor(name).to(dtype, copy=True)
         except SafetensorError as error:
@@ -151,9 +152,10 @@ def _read_tokenizer(directory: Path, where: str, trust_remote_code: bool) -> Pre
     declared = read_json(settings, where).get("tokenizer_class") if settings.is_file() else None
     # AutoTokenizer gives a Qwen2 model Qwen2's own text splitting, whatever tokenizer.json says.
     generic = declared in _GENERIC_TOKENIZERS and (directory / "tokenizer.json").is_file()
-    reader = PreTrainedTokenizerFast if generic else AutoTokenizer
     try:
-        return reader.from_pretrained(directory, **({} if generic else {"trust_remote_code": trust_remote_code}))
+        if generic:
+            return PreTrainedTokenizerFast.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise RequestError(f"{where}: its tokenizer cannot be loaded ({_first_line(error)})") from None
 

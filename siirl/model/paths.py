@@ -77,9 +77,10 @@ def check_path(text: str, base: Path | None = None, *, key: str = "model.path") 
         return _local(found, text, where)
     if ":" in text:
         scheme = text.partition(":")[0]
+        hint = did_you_mean(scheme, ["gguf", "package", "tiny"])
         raise RequestError(
             f"{where}: '{scheme}:' is no form of a model path; use a directory, a hub id, gguf:FILE, "
-            f"package://PACKAGE/FILE or tiny:ARCH:HIDDEN:LAYERS:VOCAB{did_you_mean(scheme, ['gguf', 'package', 'tiny'])}"
+            f"package://PACKAGE/FILE or tiny:ARCH:HIDDEN:LAYERS:VOCAB{hint}"
         )
     if text.endswith((".gguf", ".safetensors", "/")) or not _HUB_ID.fullmatch(text):
         raise RequestError(f"{where}: there is no such directory{_near(text, roots)}")

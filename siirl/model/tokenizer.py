@@ -74,7 +74,9 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Text of token ids, without special tokens, spaces as the model wrote them."""
-    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
 
 
 def eos_ids(tokenizer: PreTrainedTokenizerBase, config: HasEos) -> list[int]:
@@ -99,6 +101,7 @@ def _encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, st
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except TemplateError as error:
         raise RequestError(f"the model's chat template refuses a prompt: {error}") from None
+    assert isinstance(text, str)
     return encode_text(tokenizer, text)
 
 

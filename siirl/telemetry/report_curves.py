@@ -30,7 +30,7 @@ CURVES = (
     Curve("Reward", ("reward/mean",), "mean over the step's samples ± one deviation", "reward/std"),
     Curve("Held-out reward", ("eval/reward_mean",), "greedy, on rows that are not trained on"),
     Curve("Response length", ("response/length_mean",), "tokens, mean over the step's samples"),
-    Curve("KL", ("actor/kl",), "nats per token, actor to reference"),
+    Curve("KL", ("actor/kl",), "nats per token, to the reference or the old policy"),
     Curve("Entropy", ("actor/entropy",), "nats per token"),
     Curve(
         "Log-prob gap",

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from siirl.algorithms.registry import check_names
 from siirl.config.loader import Resolved, Stage, dump
 from siirl.dag.graph import Graph
 from siirl.dag.plan import Table, batch_table, check_batch
@@ -25,6 +26,8 @@ from siirl.device import resolve, select
 from siirl.device.backend import Backend
 from siirl.errors import RequestError, SiirlError
 from siirl.model.paths import check_path
+from siirl.rewards.registry import choose
+from siirl.rewards.registry import resolve as resolve_reward
 from siirl.telemetry.display import ProgressDisplay
 from siirl.telemetry.metrics import read_metrics
 from siirl.telemetry.report import write_report
@@ -90,6 +93,9 @@ def check(resolved: Resolved) -> None:
         check_batch(config, config.workers, graph)
         plan_steps(graph, config, config.workers)
         split(open_source(config.data.source, config=config.data, seed=config.seed), config.data.held_out, config.seed)
+        check_names(config.algorithm)
+        if ":" not in config.reward.function:
+            resolve_reward(choose(config.reward.function, None), config.reward.params)
         _check_engines(stage)
 
 

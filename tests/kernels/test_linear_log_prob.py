@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import siirl_kernels.linear_log_prob as fused
 import torch
-from siirl_kernels import kernels
 from torch import Tensor
+
+import siirl_kernels.linear_log_prob as fused
+from siirl_kernels import kernels
 
 TOKENS, HIDDEN, VOCABULARY = 11, 6, 23
 

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from siirl_kernels import kernels
 from siirl_kernels.packing import PackedSequences
-from torch import Tensor
 
 LENGTHS = [(5,), (1,), (1, 1, 1), (4, 4, 4), (1, 37, 2, 9, 1), (2, 50, 3)]
 

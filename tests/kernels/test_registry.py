@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from siirl_kernels import bind, implementation, kernels, registry, resolved
 
 

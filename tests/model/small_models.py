@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from siirl_kernels.packing import PackedSequences
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from siirl.model.decoder import PackedAttention
 from siirl.model.tokenizer import char_tokenizer
+from siirl_kernels.packing import PackedSequences
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 120,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from siirl_kernels.packing import PackedSequences
 
 from siirl.model.critic import ValueModel
 from siirl.model.decoder import Decoder, PackedAttention
 from siirl.model.load import load_model
+from siirl_kernels.packing import PackedSequences
 
 
 def packed(*lengths: int) -> PackedSequences:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from siirl.errors import RequestError
@@ -108,6 +110,23 @@ def test_a_critic_and_an_export(saved: Saved, sequences: list[list[int]], tmp_pa
 def test_logits_that_a_matrix_cannot_give_are_refused(model_type: str, settings: dict[str, Any], saved: Saved) -> None:
     _, directory = saved(model_type, **settings)
     with pytest.raises(RequestError, match="its logits are more than hidden states times a matrix"):
+        load_model(str(directory))
+
+
+def test_a_missing_weight_is_not_made_up(saved: Saved) -> None:
+    _, directory = saved("gpt_neox")
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["embed_out.weight"]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RequestError, match="lacks 1 weights of its architecture, the first is "):
+        load_model(str(directory))
+
+
+def test_a_config_that_does_not_fit_is_refused(saved: Saved) -> None:
+    _, directory = saved("gpt_neox")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"vocab_size": 121}))
+    with pytest.raises(RequestError, match="transformers cannot load it as a language model"):
         load_model(str(directory))
 
 

@@ -85,6 +85,14 @@ def test_stages_share_an_axis_and_the_first_is_shaded(opened: Any) -> None:
     assert opened.texts(f"{chart('reward/mean')} .shade") == []
 
 
+def test_a_short_stage_beside_a_long_one_stays_readable(browser: Any, make_run: MakeRun) -> None:
+    browser.open(write_report(make_run(steps=10, warmup=990)))
+    assert {"warmup.0", "main", "10"} <= set(browser.texts(f"{chart('actor/loss')} text"))
+    (shade,) = browser.each(f"{chart('actor/loss')} .shade", "node.getBoundingClientRect().width")
+    (picture,) = browser.each(f"{chart('actor/loss')} svg", "node.getBoundingClientRect().width")
+    assert 0.5 * picture < shade < 0.8 * picture
+
+
 def test_the_log_axis_puts_equal_factors_at_equal_distances(opened: Any) -> None:
     lines = opened.each(f"{chart('rollout/logprob_diff_max')} .grid", "+node.getAttribute('y1')")
     gaps = [low - high for low, high in zip(lines, lines[1:], strict=False)]

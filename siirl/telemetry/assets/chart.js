@@ -12,44 +12,52 @@ const cursor = {
   },
 };
 
-// Stages that share an axis, one after another: where a step of a stage lies, counted in steps from the left.
+// Stages that share an axis, one after another. Each is as wide as its steps are many, but a short stage beside a long
+// one stays wide enough to be read.
 class StepAxis {
   constructor(stages, used) {
-    this.parts = [];
-    let start = 0;
-    for (const index of [...used].sort((a, b) => a - b)) {
-      const { name, first, last } = stages[index];
-      this.parts.push({ index, name, first, last, start });
-      start += last - first + 1;
-    }
-    this.length = start;
+    const indices = [...used].sort((a, b) => a - b);
+    const steps = (index) => stages[index].last - stages[index].first + 1;
+    const total = indices.reduce((sum, index) => sum + steps(index), 0);
+    const wide = indices.map((index) => Math.max(steps(index) / total, 0.6 / indices.length));
+    const sum = wide.reduce((a, b) => a + b, 0);
+    const part = (index, order) => ({ index, ...stages[index], steps: steps(index), share: wide[order] / sum });
+    this.parts = indices.map(part);
   }
 
   resize(left, right) {
-    this.left = left;
-    this.unit = (right - left) / Math.max(1, this.length);
+    const width = right - left;
+    for (const part of this.parts) {
+      part.left = left;
+      part.unit = (width * part.share) / part.steps;
+      left += part.unit * part.steps;
+      part.right = left;
+    }
+  }
+
+  // The left and the right edge of a step's slot.
+  slot(stage, step) {
+    const part = this.parts.find((candidate) => candidate.index === stage);
+    const left = part.left + (step - part.first) * part.unit;
+    return [left, left + part.unit];
   }
 
   // The middle of a step's slot.
   x(stage, step) {
-    const part = this.parts.find((candidate) => candidate.index === stage);
-    return part ? this.left + (part.start + step - part.first + 0.5) * this.unit : null;
-  }
-
-  edges(part) {
-    return [this.left + part.start * this.unit, this.left + (part.start + part.last - part.first + 1) * this.unit];
+    const [left, right] = this.slot(stage, step);
+    return (left + right) / 2;
   }
 
   // The stage and the step whose slot holds x.
   find(x) {
-    const slot = Math.min(this.length - 1, Math.max(0, Math.floor((x - this.left) / this.unit)));
-    const part = this.parts.findLast((candidate) => candidate.start <= slot);
-    return { stage: part.index, step: part.first + slot - part.start };
+    const part = this.parts.findLast((candidate) => candidate.left <= x) ?? this.parts[0];
+    const step = part.first + Math.floor((x - part.left) / part.unit);
+    return { stage: part.index, step: Math.min(part.last, Math.max(part.first, step)) };
   }
 
   draw(root, height) {
     this.parts.forEach((part, order) => {
-      const [left, right] = this.edges(part);
+      const { left, right } = part;
       if (this.parts.length > 1) {
         if (order % 2 === 0) {
           const [y, tall] = [MARGIN.top, height - MARGIN.top - MARGIN.bottom];
@@ -60,8 +68,7 @@ class StepAxis {
         }
       }
       const ticks = niceTicks(part.first, part.last, Math.max(1, (right - left) / 55), true);
-      const narrow = right - left < 40 && this.parts.length > 1;
-      for (const step of narrow ? [] : ticks) {
+      for (const step of ticks) {
         root.append(svg("text", { x: this.x(part.index, step), y: height - 6, "text-anchor": "middle" }, String(step)));
       }
     });
@@ -141,7 +148,8 @@ class Chart {
       for (let power = from; power <= to; power += every) this.ticks.push([10 ** power, label(power)]);
       return;
     }
-    const pad = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
+    // Never so narrow that the ticks' labels, of four digits, could not differ.
+    const pad = high > low ? Math.max((high - low) * 0.06, Math.abs(high) * 2e-3) : Math.abs(high) * 0.1 || 1;
     [low, high] = [low >= 0 && low - pad < 0 ? 0 : low - pad, high + pad];
     this.y = (value) => bottom - ((bottom - MARGIN.top) * (value - low)) / (high - low);
     this.ticks = niceTicks(low, high, 4).map((tick) => [tick, formatNumber(tick)]);

@@ -17,7 +17,7 @@ function formatNumber(value) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
   if (size === 0) return "0";
-  if (size < 1e-3) return value.toExponential(2).replace("e-", "e−").replace(/^-/, "−");
+  if (size < 1e-3) return value.toExponential(2).replace(/\.?0+e/, "e").replaceAll("-", "−");
   for (const [unit, factor] of [["G", 1e9], ["M", 1e6], ["k", 1e4]]) {
     if (size >= factor) return trim((value / (unit === "k" ? 1e3 : factor)).toPrecision(3)) + unit;
   }

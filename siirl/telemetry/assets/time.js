@@ -67,8 +67,7 @@ class TimeBars {
 
   place(bar) {
     const stage = this.names.indexOf(bar.stage);
-    const left = this.axis.x(stage, bar.step) - this.axis.unit / 2;
-    const right = this.axis.x(stage, bar.last) + this.axis.unit / 2;
+    const [left, right] = [this.axis.slot(stage, bar.step)[0], this.axis.slot(stage, bar.last)[1]];
     const gap = Math.min(2, (right - left) * 0.2);
     return [left + gap / 2, Math.max(0.5, Math.min(60, right - left - gap))];
   }
