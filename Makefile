@@ -14,7 +14,7 @@ train: .venv/.installed
 	$(BIN)/siirl train $(RECIPE)
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check $(wildcard $(SOURCES))

@@ -38,7 +38,7 @@ def save_pretrained(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     whole = model.state_dict() if state_dict is None else state_dict
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in whole.items()}
+    tensors = {name: _own(tensor.detach().to("cpu", dtype)) for name, tensor in whole.items()}
     if isinstance(model, TransformersDecoder):
         inner = {name.removeprefix("inner."): tensor for name, tensor in tensors.items()}
         model.inner.save_pretrained(directory, state_dict=inner, max_shard_size=max_shard_size)
@@ -53,3 +53,9 @@ def save_pretrained(
         pad_token_id=model.config.pad_token_id,
     ).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor in memory of exactly its size: a gathered one may be a view of a padded buffer."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

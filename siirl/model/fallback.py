@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from siirl.errors import RequestError
-from siirl.model.decoder import Attention, PackedAttention
+from siirl.model.decoder import Attention, Decoder, PackedAttention
 from siirl.model.families import merge_ids
 
 logger = logging.getLogger(__name__)
@@ -161,3 +161,7 @@ def _config(hf: PreTrainedConfig, eos_token_ids: tuple[int, ...]) -> FallbackCon
         eos_token_ids=merge_ids(eos_token_ids, text.eos_token_id),
         pad_token_id=text.pad_token_id,
     )
+
+
+# What a rollout or training engine can run.
+AnyDecoder = Decoder | TransformersDecoder

@@ -9,13 +9,13 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from siirl.errors import RequestError
 from siirl.model.config import DecoderConfig
 from siirl.model.decoder import Decoder
-from siirl.model.fallback import load_fallback
+from siirl.model.fallback import AnyDecoder, load_fallback
 from siirl.model.families import decoder_config, merge_ids, tiny_config, unsupported
 from siirl.model.gguf import GGUFModel
 from siirl.model.paths import TinyModel, check_path, read_json, weight_files
@@ -29,7 +29,7 @@ _GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 class Loaded:
     """A model on the host with its tokenizer; ``config`` is None where `transformers` runs the model."""
 
-    model: nn.Module
+    model: AnyDecoder
     tokenizer: PreTrainedTokenizerBase
     config: DecoderConfig | None
     source: str

@@ -32,18 +32,18 @@ def char_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")
 
 
-def encode_prompt(
+def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str | Messages,
+    prompts: Sequence[str | Messages],
     *,
     system_prompt: str | None = None,
     template: str = "{prompt}",
     chat: bool | None = None,
-) -> list[int]:
-    """Token ids of a prompt, ready for a response to follow.
+) -> list[list[int]]:
+    """Token ids of prompts, each ready for a response to follow.
 
     Args:
-        prompt: text, or chat messages with ``role`` and ``content``.
+        prompts: text, or chat messages with ``role`` and ``content``.
         system_prompt: a first system message where the messages have none; without a chat template, text before
             the prompt and an empty line.
         template: text around the prompt, or around the last message of the user; its ``{prompt}`` is replaced.
@@ -60,16 +60,28 @@ def encode_prompt(
     if chat and tokenizer.chat_template is None:
         raise RequestError("data.chat_template is true, but the model's tokenizer has no chat template")
     if chat:
-        return _encode_chat(tokenizer, _messages(prompt, system_prompt, template))
-    if not isinstance(prompt, str):
-        raise RequestError("a prompt is a list of chat messages, and no chat template is there to make text of it")
-    text = template.replace("{prompt}", prompt)
-    return _prefix(tokenizer) + encode_text(tokenizer, f"{system_prompt}\n\n{text}" if system_prompt else text)
+        texts = [_chat_text(tokenizer, _messages(prompt, system_prompt, template)) for prompt in prompts]
+        return encode_texts(tokenizer, texts)
+    prefix = _prefix(tokenizer)
+    texts = [_plain_text(prompt, system_prompt, template) for prompt in prompts]
+    return [prefix + ids for ids in encode_texts(tokenizer, texts)]
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a piece of text, nothing added."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Messages,
+    *,
+    system_prompt: str | None = None,
+    template: str = "{prompt}",
+    chat: bool | None = None,
+) -> list[int]:
+    """Token ids of one prompt; see `encode_prompts`."""
+    return encode_prompts(tokenizer, [prompt], system_prompt=system_prompt, template=template, chat=chat)[0]
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of pieces of text, nothing added."""
+    return tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -96,13 +108,20 @@ def _messages(prompt: str | Messages, system_prompt: str | None, template: str) 
     return messages
 
 
-def _encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+def _plain_text(prompt: str | Messages, system_prompt: str | None, template: str) -> str:
+    if not isinstance(prompt, str):
+        raise RequestError("a prompt is a list of chat messages, and no chat template is there to make text of it")
+    text = template.replace("{prompt}", prompt)
+    return f"{system_prompt}\n\n{text}" if system_prompt else text
+
+
+def _chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
     try:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except TemplateError as error:
         raise RequestError(f"the model's chat template refuses a prompt: {error}") from None
     assert isinstance(text, str)
-    return encode_text(tokenizer, text)
+    return text
 
 
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from siirl.data.batch import Ragged
 from siirl.model.decoder import Decoder
 from siirl.rollout.sampling import Sampling, draw, uniforms
 from siirl.rollout.state import CachedState, SequenceState, UncachedState, cache_bytes_per_token
+
+if TYPE_CHECKING:
+    from siirl.model.fallback import AnyDecoder
 
 STOP, LENGTH = 0, 1
 # prompts are computed in forward passes of at most so many tokens
@@ -65,7 +68,7 @@ class NativeEngine:
 
     def __init__(
         self,
-        decoder: torch.nn.Module,
+        decoder: AnyDecoder,
         eos_ids: Sequence[int],
         decode_text: Callable[[list[int]], str],
         max_sequences: int = 512,

@@ -6,7 +6,7 @@ Shapes: B sequences, T packed tokens, H hidden, N query heads, K key/value heads
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from siirl.model.config import DecoderConfig
 from siirl.model.decoder import Decoder, PackedAttention
 from siirl_kernels import kernels
 from siirl_kernels.packing import PackedSequences
+
+if TYPE_CHECKING:
+    from siirl.model.fallback import AnyDecoder
 
 
 class SequenceState(Protocol):
@@ -123,7 +126,7 @@ class _DecodeAttention:
 class UncachedState:
     """Whole sequences computed again for every token: for decoders that cannot be given a cache."""
 
-    def __init__(self, decoder: torch.nn.Module) -> None:
+    def __init__(self, decoder: AnyDecoder) -> None:
         self.decoder, self.rows = decoder, 0
         self._sequences: list[list[int]] = []
 

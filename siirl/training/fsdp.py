@@ -17,6 +17,7 @@ from siirl.device.collectives import Collectives
 from siirl.errors import SiirlError
 from siirl.model.critic import ValueModel
 from siirl.model.decoder import PackedAttention
+from siirl.model.fallback import AnyDecoder
 from siirl.telemetry.accumulator import StepMetrics
 from siirl.training.losses import Loss
 from siirl.training.microbatch import MicroBatch, dummy, input_lengths, mini_batch_index, pack, split
@@ -68,7 +69,12 @@ class TrainingEngine:
     """
 
     def __init__(
-        self, model: nn.Module, training: TrainingConfig, backend: Backend, collectives: Collectives, prefix: str
+        self,
+        model: AnyDecoder | ValueModel,
+        training: TrainingConfig,
+        backend: Backend,
+        collectives: Collectives,
+        prefix: str,
     ) -> None:
         self.model, self.prefix = model, prefix
         self._backend, self._collectives = backend, collectives

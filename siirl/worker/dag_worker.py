@@ -91,9 +91,10 @@ class DagWorker:
             batch = batch.take(output.take)
         columns = {}
         for formal, column in output.columns.items():
-            if formal not in step.writes and formal not in _IDS:
+            if formal in step.writes or formal in _IDS:
+                columns[step.writes.get(formal, formal)] = column
+            elif step.op not in OPS:  # the built-in ops leave out what a node has no use for
                 raise SiirlError(f"node '{step.id}' gave back the column '{formal}', which its 'writes' does not name")
-            columns[step.writes.get(formal, formal)] = column
         return batch.with_columns(**columns)
 
     def _metrics(self, seconds: float) -> dict[str, float]:

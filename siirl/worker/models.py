@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import nn
 
 from siirl.checkpoint.optimizer import optimizer_tensors
 from siirl.config.schema import Config
@@ -13,6 +12,7 @@ from siirl.device.backend import Backend
 from siirl.device.collectives import Collectives
 from siirl.errors import RequestError
 from siirl.model.critic import ValueModel
+from siirl.model.fallback import AnyDecoder
 from siirl.model.load import Loaded, load_model
 from siirl.model.tokenizer import decode, eos_ids
 from siirl.rollout.engine import NativeEngine
@@ -33,7 +33,7 @@ class Models:
     def __init__(self, config: Config, backend: Backend, collectives: Collectives) -> None:
         self._config, self._backend, self._collectives = config, backend, collectives
         loaded = self._load(config.model.path)
-        self.tokenizer = loaded.tokenizer
+        self.tokenizer, self.decoder = loaded.tokenizer, loaded.model
         self.eos_ids = eos_ids(loaded.tokenizer, loaded.model.config)
         self.engines: dict[str, TrainingEngine] = {"actor": self._engine(loaded.model, "actor")}
         self._shared = not self.actor.sharded and config.training.dtype == "float32"
@@ -100,10 +100,10 @@ class Models:
             trust_remote_code=model.trust_remote_code,
         )
 
-    def _engine(self, module: nn.Module, name: str) -> TrainingEngine:
+    def _engine(self, module: AnyDecoder | ValueModel, name: str) -> TrainingEngine:
         return TrainingEngine(module, self._config.training, self._backend, self._collectives, name)
 
-    def _copy_of_actor(self, path: str | None) -> nn.Module:
+    def _copy_of_actor(self, path: str | None) -> AnyDecoder:
         """A model of its own: from ``path``, else with the weights the actor has now."""
         if path is not None:
             other = self._load(path)
@@ -118,7 +118,7 @@ class Models:
         return module
 
     def _rollout_engine(self) -> NativeEngine:
-        module = self.actor.model
+        module = self.decoder
         if not self._shared:
             module = self._load(self._config.model.path).model.to(
                 self._backend.device(), getattr(torch, self._config.training.dtype)

@@ -14,7 +14,7 @@ from siirl.algorithms.registry import get_advantage
 from siirl.algorithms.rewards_kl import kl_token_rewards
 from siirl.checkpoint.store import directory_name
 from siirl.dag.plan import Step
-from siirl.data.batch import Batch, Ragged
+from siirl.data.batch import Batch, Column, Ragged
 from siirl.rewards.pool import RewardResult
 from siirl.rollout.sampling import Sampling
 from siirl.telemetry.jsonl import rewrite
@@ -61,7 +61,7 @@ def rollout(context: Context, batch: Batch, node: Step) -> Output:
     lengths = done.response_ids.lengths.float()
     context.metrics.mean("response/truncated_fraction", float((done.finish_reason == 1).sum()), len(lengths))
     _lengths(context, Batch({"response_ids": done.response_ids, "prompt_ids": batch.ragged("prompt_ids").take(take)}))
-    columns = {
+    columns: dict[str, Column] = {
         "sample_id": samples,
         "response_ids": done.response_ids,
         "rollout_log_probs": done.log_probs,

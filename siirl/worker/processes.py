@@ -173,8 +173,9 @@ def worker_log(directory: Path, rank: int, redirect: bool = False) -> Iterator[N
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     if redirect:
-        os.dup2(handler.stream.fileno(), 1)
-        os.dup2(handler.stream.fileno(), 2)
+        with path.open("ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
     logging.captureWarnings(True)
     try:
         yield

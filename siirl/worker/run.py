@@ -207,11 +207,12 @@ class RunWorker:
 
     def _export(self) -> None:
         """The trained actor as a Hugging Face directory, ``RUN_DIR/model``."""
-        weights = dict(self._models.actor.named_weights())
+        weights = {}
+        for name, tensor in self._models.actor.named_weights():  # gathering is a collective, keeping is not
+            if self._collectives.rank == 0:
+                weights[name] = tensor
         if self._collectives.rank == 0:
-            save_pretrained(
-                self._models.actor.model, self._models.tokenizer, self._run_dir / "model", state_dict=weights
-            )
+            save_pretrained(self._models.decoder, self._models.tokenizer, self._run_dir / "model", state_dict=weights)
         self._collectives.barrier()
 
 

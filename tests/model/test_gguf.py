@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from siirl.errors import RequestError
 from siirl.model.decoder import rotary_frequencies
 from siirl.model.load import load_model
-from siirl.model.tokenizer import encode_prompt, encode_text
+from siirl.model.tokenizer import encode_prompt, encode_texts
 from tests.model.gguf_files import TOKENS, write_gguf
 from tests.model.small_models import make_model, run_alone, run_packed
 from tests.model.test_parity import LLAMA3
@@ -148,7 +148,7 @@ def test_smollm2_as_transformers_reads_it() -> None:
     weights = loaded.model.state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in theirs.state_dict().items() if name in weights)
     prompt = encode_prompt(loaded.tokenizer, "What is the capital of France?")
-    tokens = prompt + encode_text(loaded.tokenizer, "The capital of France is")
+    tokens = prompt + encode_texts(loaded.tokenizer, ["The capital of France is"])[0]
     with torch.no_grad():
         (want,), (got,) = run_alone(theirs, [tokens]), run_packed(loaded.model, [tokens])
     assert (got - want).abs().max() <= 1e-4

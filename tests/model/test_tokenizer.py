@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from siirl.errors import RequestError
 from siirl.model.config import DecoderConfig
 from siirl.model.load import load_model
-from siirl.model.tokenizer import char_tokenizer, decode, encode_prompt, encode_text, eos_ids
+from siirl.model.tokenizer import char_tokenizer, decode, encode_prompt, encode_texts, eos_ids
 
 TEMPLATE = (
     "{% if messages[0].role == 'system' and messages|length == 1 %}{{ raise_exception('no user') }}{% endif %}"
@@ -34,15 +34,15 @@ def test_characters_and_ids() -> None:
     tokenizer = char_tokenizer()
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1, 2)
     assert len(tokenizer) == 3 + 95 + 1
-    assert encode_text(tokenizer, " !~\n") == [3, 4, 97, 98]
-    assert encode_text(tokenizer, "é") == [0]
+    assert encode_texts(tokenizer, [" !~\n"])[0] == [3, 4, 97, 98]
+    assert encode_texts(tokenizer, ["é"])[0] == [0]
 
 
 def test_text_survives_and_special_tokens_do_not_show() -> None:
     tokenizer = char_tokenizer()
     text = string.digits + " a , b . c 's\n\n  (" + string.punctuation + ")"
-    assert decode(tokenizer, encode_text(tokenizer, text)) == text
-    assert decode(tokenizer, [2, *encode_text(tokenizer, "ok"), 1, 0]) == "ok"
+    assert decode(tokenizer, encode_texts(tokenizer, [text])[0]) == text
+    assert decode(tokenizer, [2, *encode_texts(tokenizer, ["ok"])[0], 1, 0]) == "ok"
 
 
 @pytest.mark.parametrize(
