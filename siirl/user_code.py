@@ -57,9 +57,13 @@ def member(module: ModuleType, name: str, spec: str, what: str) -> Callable[...,
     return found
 
 
-def blame(error: BaseException, skip: str = "") -> str:
-    """`` at FILE:LINE`` of the innermost frame, or nothing when that is in the file ``skip``."""
+def blame(error: BaseException, skip: str = "", inside: str = "") -> str:
+    """`` at FILE:LINE`` of the innermost frame, or nothing when that is in the file ``skip``.
+
+    A line of the file ``inside`` on the way to the error is named rather than the library's below it.
+    """
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
+    frames = [f for f in frames if f.filename == inside] or frames
     return f" at {frames[-1].filename}:{frames[-1].lineno}" if frames and frames[-1].filename != skip else ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Mapping
 
@@ -134,6 +135,7 @@ def _function(step: Step) -> Op:
         except Exception as error:  # whatever a user's code raises, with its place
             if isinstance(error, SiirlError):
                 raise
-            raise SiirlError(f"node '{node.id}' raised {type(error).__name__}{blame(error)}: {error}") from error
+            place = blame(error, inside=inspect.getsourcefile(function) or "")
+            raise SiirlError(f"node '{node.id}' raised {type(error).__name__}{place}: {error}") from error
 
     return run
