@@ -6,7 +6,7 @@ RECIPE ?= configs/recipes/quickstart.yaml
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-SOURCES := siirl backends kernels tests benchmarks
+SOURCES := siirl backends kernels tests benchmarks docs
 
 .PHONY: train test lint bench clean
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from siirl.errors import RequestError, did_you_mean
+from siirl.errors import RequestError, SiirlError, did_you_mean
 
 
 def import_target(target: str, what: str) -> ModuleType:
@@ -37,13 +37,29 @@ def import_target(target: str, what: str) -> ModuleType:
 
 
 def load_function(spec: str, what: str) -> Callable[..., Any]:
-    """The function that ``spec`` names.
+    """The function that ``spec`` names; what it raises when called is a SiirlError that names its line.
 
     Raises:
         RequestError: as `import_target`, or it has no such function.
     """
     target, _, name = spec.rpartition(":")
-    return member(import_target(target, what), name, spec, what)
+    return guarded(member(import_target(target, what), name, spec, what), f"{what} '{name}'")
+
+
+def guarded(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """``function``, with whatever it raises turned into a SiirlError that names the user's line."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except SiirlError:
+            raise
+        except Exception as error:  # a user's code may raise anything
+            place = blame(error, inside=inspect.getsourcefile(function) or "")
+            raise SiirlError(f"{name} raised {type(error).__name__}{place}: {error}") from error
+
+    return call
 
 
 def member(module: ModuleType, name: str, spec: str, what: str) -> Callable[..., Any]:

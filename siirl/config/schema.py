@@ -25,7 +25,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The policy, and what the reference and the critic start from."""
 
-    path: str = "tiny:qwen3:64:2:128"
+    path: str = Field("tiny:qwen3:64:2:128", description="a directory, a hub id, gguf:…, package://… or tiny:…")
     reference: str | None = Field(None, description="path of the reference model; the actor's start when absent")
     critic: str | None = Field(None, description="path of the critic's backbone; the actor's start when absent")
     trust_remote_code: bool = Field(False, description="run Python code that comes with a checkpoint")
@@ -35,18 +35,18 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Prompts: where they come from and how many make a step."""
 
-    source: str = "arithmetic:addition"
+    source: str = Field("arithmetic:addition", description="a file, a hub id, arithmetic:… or reasoning-gym:…")
     held_out: NonNegative = Field(0, description="rows kept out of training, for evaluation")
     eval_source: str | None = Field(None, description="a separate source for evaluation; excludes `held_out`")
-    prompts_per_step: Positive = 64
-    max_prompt_tokens: Positive = 1024
+    prompts_per_step: Positive = Field(64, description="prompts of one step over all workers")
+    max_prompt_tokens: Positive = Field(1024, description="a row with a longer prompt cannot be used")
     prompt_key: str = Field("prompt", description="column with the prompt text or the list of chat messages")
     answer_key: str = Field("answer", description="column with the expected answer")
-    system_prompt: str | None = None
+    system_prompt: str | None = Field(None, description="a first message where the prompt has no system message")
     prompt_template: str = Field("{prompt}", description="text around the prompt before the chat template")
     response_template: str = Field("{answer}", description="the target text of supervised training")
     chat_template: bool | None = Field(None, description="use the tokenizer's chat template; default: when it has one")
-    shuffle: bool = True
+    shuffle: bool = Field(True, description="draw the rows of each epoch in a seeded order")
     limit: Positive | None = Field(None, description="read at most so many rows")
     label_noise: Fraction = Field(0.0, description="share of supervised targets replaced by another row's answer")
     on_error: Literal["stop", "skip"] = Field("stop", description="what a row that cannot be used does")
@@ -59,7 +59,7 @@ class AlgorithmConfig(Section):
     policy_loss: str = Field("ppo_clip", description="registered policy loss")
     norm_adv_by_std: bool = Field(True, description="GRPO: divide by the group's standard deviation; False is Dr.GRPO")
     whiten_advantages: bool = Field(False, description="normalise advantages over the global batch")
-    gamma: Fraction = 1.0
+    gamma: Fraction = Field(1.0, description="discount of GAE")
     lam: Fraction = Field(1.0, description="lambda of GAE")
     clip_low: NonNegativeFloat = Field(0.2, description="the ratio is clipped below 1 - clip_low")
     clip_high: NonNegativeFloat = Field(0.2, description="the ratio is clipped above 1 + clip_high")
@@ -67,12 +67,12 @@ class AlgorithmConfig(Section):
     loss_agg: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = (
         "token-mean"
     )
-    entropy_coef: float = 0.0
+    entropy_coef: float = Field(0.0, description="coefficient of the entropy bonus in the loss")
     kl_coef: NonNegativeFloat = Field(0.0, description="coefficient of the KL term in the loss")
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="of the KL term in the loss")
     kl_reward_coef: NonNegativeFloat = Field(0.0, description="coefficient of the KL penalty in the reward")
-    kl_reward_estimator: Literal["k1", "k2", "k3"] = "k1"
-    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    kl_reward_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="of the KL penalty in the reward")
+    kl_controller: Literal["fixed", "adaptive"] = Field("fixed", description="how kl_reward_coef moves")
     kl_target: PositiveFloat = Field(6.0, description="adaptive controller: KL per sequence it steers to")
     kl_horizon: PositiveFloat = Field(10_000.0, description="adaptive controller: samples over which it moves")
     value_clip: NonNegativeFloat | None = Field(0.2, description="range of the clipped value loss; null: no clipping")
@@ -85,7 +85,7 @@ class RolloutConfig(Section):
     """Generation of responses."""
 
     engine: Literal["native", "vllm"] = "native"
-    group_size: Positive = 8
+    group_size: Annotated[int, Field(gt=0, le=2**20)] = 8  # a sample id has 20 bits for the response
     max_new_tokens: Positive = 256
     temperature: NonNegativeFloat = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -99,7 +99,7 @@ class RolloutConfig(Section):
 class ParallelConfig(Section):
     """Degrees of parallelism of training; data: null means all workers that are left."""
 
-    data: Positive | None = None
+    data: Positive | None = Field(None, description="null: all workers that are left")
     tensor: Positive = 1
     context: Positive = 1
     pipeline: Positive = 1
@@ -109,25 +109,25 @@ class ParallelConfig(Section):
 class TrainingConfig(Section):
     """Optimisation of the actor and of the critic."""
 
-    engine: Literal["fsdp", "megatron"] = "fsdp"
-    steps: Positive = 100
+    engine: Literal["fsdp", "megatron"] = Field("fsdp", description="what trains")
+    steps: Positive = Field(100, description="steps of the stage")
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: NonNegativeFloat = 1e-6
+    lr: NonNegativeFloat = Field(1e-6, description="peak learning rate")
     critic_lr: NonNegativeFloat | None = Field(None, description="default: lr")
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    lr_warmup_steps: NonNegative = 0
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
+    lr_warmup_steps: NonNegative = Field(0, description="steps in which the rate rises linearly to lr")
     lr_min_ratio: Fraction = Field(0.0, description="where linear and cosine end, as a share of lr")
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
-    max_grad_norm: PositiveFloat | None = 1.0
+    weight_decay: NonNegativeFloat = Field(0.0, description="of matrices; norms and biases have none")
+    max_grad_norm: PositiveFloat | None = Field(1.0, description="gradients are clipped to this norm; null: not")
     micro_batch_tokens: Positive = Field(16_384, description="prompt + response tokens of one forward pass")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the forward pass; masters are float32")
     sharding: Literal["replicate", "shard"] = Field(
         "replicate", description="shard: FSDP2; replicate: plain data parallel"
     )
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
-    deterministic: bool = True
+    deterministic: bool = Field(True, description="ask the device for repeatable operators")
 
 
 class RewardConfig(Section):
@@ -150,41 +150,40 @@ class EvaluationConfig(Section):
     """Greedy evaluation on the held-out rows."""
 
     every: NonNegative = Field(0, description="steps between evaluations; 0: only at the end")
-    at_start: bool = False
-    at_end: bool = True
+    at_end: bool = Field(True, description="after the last step")
 
 
 class CheckpointConfig(Section):
     """Checkpoints: every so many steps, at the end, and when the run is asked to stop."""
 
     every: NonNegative = Field(0, description="steps between checkpoints; 0: none but the last")
-    keep: Positive = 2
-    save_last: bool = True
+    keep: Positive = Field(2, description="newest checkpoints that stay")
+    save_last: bool = Field(True, description="write one after the last step")
 
 
 class LoggingConfig(Section):
     """What a run writes beside its metrics."""
 
-    tensorboard: bool = True
-    trace: bool = True
-    report: bool = True
+    tensorboard: bool = Field(True, description="event files")
+    trace: bool = Field(True, description="a trace of every node")
+    report: bool = Field(True, description="the report page")
     samples_every: NonNegative = Field(10, description="steps between sample files; 0: none")
-    samples_per_step: Positive = 32
+    samples_per_step: Positive = Field(32, description="samples in a file")
 
 
 class Config(Section):
     """A run. `extends` and `warmup` are resolved by the loader."""
 
-    name: str = "run"
-    seed: NonNegative = 0
-    device: str = "auto"
-    workers: Positive = 1
+    name: str = Field("run", description="of the run; a part of its directory's name")
+    seed: NonNegative = Field(0, description="of weights made from scratch, of the data and of sampling")
+    device: str = Field("auto", description="auto, or a back end's name, such as cpu")
+    workers: Positive = Field(1, description="worker processes")
     threads_per_worker: Positive | None = Field(None, description="default: cores / workers")
     timeout_s: PositiveFloat = Field(600.0, description="longest wait for another worker")
-    run_dir: str | None = None
+    run_dir: str | None = Field(None, description="default: runs/NAME-DATE-TIME")
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
-    pipeline: str = "grpo"
+    pipeline: str = Field("grpo", description="a shipped pipeline's name, or a file")
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)

@@ -48,9 +48,7 @@ def policy_update(config: AlgorithmConfig) -> Loss:
             total = total - config.entropy_coef * (weights_R * entropy_R).sum()
         metrics.mean("actor/kl", _sum(counted * kl_R), tokens)
         metrics.mean("actor/entropy", _sum(counted * entropy_R), tokens)
-        metrics.mean("actor/clip_fraction", _sum(counted * stats["clipped"]), tokens)
-        metrics.max("actor/ratio_max", _max(stats["ratio"], counted))
-        metrics.min("actor/ratio_min", None if (top := _max(-stats["ratio"], counted)) is None else -top)
+        _add_statistics(stats, counted, metrics)
         if "rollout_log_probs" in rows:
             gap_R = counted * (old_R - rows.ragged("rollout_log_probs").values.to(device)).abs()
             metrics.max("rollout/logprob_diff_max", _max(gap_R, counted))
@@ -97,6 +95,17 @@ LOSSES: dict[str, Callable[[AlgorithmConfig], Loss]] = {
     "value": value_update,
     "sft": supervised_update,
 }
+
+
+def _add_statistics(stats: dict[str, Tensor], counted: Tensor, metrics: StepMetrics) -> None:
+    """A policy loss's own statistics: ``clipped`` as a fraction, ``ratio`` by its extremes, others by their mean."""
+    for name, x_R in stats.items():
+        if name == "ratio":
+            metrics.max("actor/ratio_max", _max(x_R, counted))
+            metrics.min("actor/ratio_min", None if (top := _max(-x_R, counted)) is None else -top)
+        else:
+            key = "clip_fraction" if name == "clipped" else name
+            metrics.mean(f"actor/{key}", _sum(counted * x_R), counted.sum().item())
 
 
 def _sum(x: Tensor) -> float:

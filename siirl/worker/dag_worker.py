@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Mapping
 
@@ -13,7 +12,7 @@ from siirl.data.databuffer import redistribute
 from siirl.errors import SiirlError
 from siirl.telemetry.trace import Tracer
 from siirl.training.microbatch import mini_batch_index
-from siirl.user_code import blame, load_function
+from siirl.user_code import guarded, load_function
 from siirl.worker.context import Context, Op, Output
 from siirl.worker.ops import OPS
 
@@ -90,6 +89,8 @@ class DagWorker:
             return output.batch
         if output.take is not None:
             batch = batch.take(output.take)
+        if missing := [formal for formal in step.writes if formal not in output.columns]:
+            raise SiirlError(f"node '{step.id}' did not give back the column '{missing[0]}', which its 'writes' names")
         columns = {}
         for formal, column in output.columns.items():
             if formal in step.writes or formal in _IDS:
@@ -109,7 +110,8 @@ class DagWorker:
         for key, value in {**times, "time/step_s": seconds}.items():
             metrics.max(key, value)
         metrics.max("memory/host_peak_bytes", memory.host_peak)
-        metrics.max("memory/device_peak_bytes", memory.peak)
+        if not memory.unified:
+            metrics.max("memory/device_peak_bytes", memory.peak)
         reduced = metrics.reduce(self._context.collectives)
         for unit in ("samples", "tokens"):
             if (count := reduced.pop(f"throughput/{unit}", None)) is not None:
@@ -123,19 +125,9 @@ def _function(step: Step) -> Op:
         return OPS[step.op]
     if step.op.startswith("python:"):
         target, name = python_target(step.op)
-        function = load_function(f"{target}:{name}", "op")
+        function = load_function(f"{target}:{name}", f"node '{step.id}':")
     else:
         registered = find_op(step.op).function
         assert registered is not None, f"the op '{step.op}' has no implementation"
-        function = registered
-
-    def run(context: Context, batch: Batch, node: Step) -> Output | Mapping[str, Column] | None:
-        try:
-            return function(batch, context=context, **node.params)
-        except Exception as error:  # whatever a user's code raises, with its place
-            if isinstance(error, SiirlError):
-                raise
-            place = blame(error, inside=inspect.getsourcefile(function) or "")
-            raise SiirlError(f"node '{node.id}' raised {type(error).__name__}{place}: {error}") from error
-
-    return run
+        function = guarded(registered, f"node '{step.id}': '{step.op}'")
+    return lambda context, batch, node: function(batch, context=context, **node.params)

@@ -89,6 +89,9 @@ def check(resolved: Resolved) -> None:
     check_path(resolved.main.model.path)
     for stage in resolved.stages:
         config = stage.config
+        for key in ("reference", "critic"):
+            if (other := getattr(config.model, key)) is not None:
+                check_path(other, key=f"model.{key}")
         graph = Graph.from_yaml(config.pipeline)
         check_batch(config, config.workers, graph)
         plan_steps(graph, config, config.workers)
@@ -153,7 +156,7 @@ def _finish(resolved: Resolved, backend: Backend, directory: Path, resume: bool,
     try:
         with ProgressDisplay(directory, steps, stream):
             if config.workers == 1:
-                _run_here(resolved, directory, resume)
+                _run_here(resolved, backend, directory, resume)
             else:
                 run_processes(directory, config, backend, resume)
     except SiirlError as failure:
@@ -182,8 +185,8 @@ def _conclude(directory: Path, trace: bool, report: bool) -> Path | None:
     return write_report(directory) if report else None
 
 
-def _run_here(resolved: Resolved, directory: Path, resume: bool) -> None:
-    backend = select(None, resolved.main.device)
+def _run_here(resolved: Resolved, chosen: Backend, directory: Path, resume: bool) -> None:
+    backend = select(chosen.name)
     from siirl.worker.run import run_worker
 
     with worker_log(directory, 0):
@@ -204,7 +207,7 @@ def _train_env(
     if run_dir is None and resolved.main.run_dir is None:
         raise RequestError("--launcher env needs --run-dir (or run_dir): all workers write to the same directory")
     directory = directories.choose(resolved.main, run_dir, resume, create=place.rank == 0)
-    loaded = select(None, resolved.main.device)
+    loaded = select(backend.name)
     from siirl.worker.run import run_worker
 
     steps = {stage.name: stage.config.training.steps for stage in resolved.stages}

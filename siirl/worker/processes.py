@@ -73,6 +73,7 @@ def _rendezvous(config: Config) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": str(threads),
+        "PYTHONHASHSEED": "0",  # some data sources order sets of strings; every worker must see the same rows
     }
 
 

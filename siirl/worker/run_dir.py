@@ -21,7 +21,8 @@ def choose(config: Config, given: str | Path | None, resume: bool, create: bool 
     wanted = given or config.run_dir
     if wanted is not None:
         directory = Path(wanted)
-        used = (directory / "metrics.jsonl").exists()
+        metrics = directory / "metrics.jsonl"
+        used = metrics.exists() and metrics.stat().st_size > 0
         if used and not resume and create:
             raise RequestError(
                 f"{directory} holds a run already; add --resume to go on with it, or choose another --run-dir"

@@ -1,4 +1,4 @@
-"""What the pages show is true: code runs or is a part of a tested file, commands and keys exist, links lead somewhere."""
+"""What the pages show is true: code runs or is part of a tested file, commands and keys exist, links lead somewhere."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 
 from siirl.cli.main import cli
 from siirl.config import load
+from siirl.config.paths import find_config
 from tests.docs.pages import PAGES, ROOT, Block, blocks, code, table_cells
 
 CHECKED = {
@@ -82,6 +83,13 @@ def test_a_shown_command_exists(line: str, block: Block, monkeypatch: pytest.Mon
         command = cli.commands[arguments[0]]
         given = command.make_context(arguments[0], arguments[1:]).params
         load(given["config"], given["overrides"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_recipes_named_in_the_text_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for name in re.findall(r"`siirl (?:train|plan) ([a-z][\w./-]*)", page.read_text()):
+        find_config(name)
 
 
 def test_the_readme_lists_the_verbs() -> None:

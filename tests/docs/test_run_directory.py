@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import chdir
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, example: Finished) -> list[Pa
     """Runs that together write every metric: the example, PPO, GRPO with a reference model on two workers."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "recipe.yaml").write_text(RECIPE)
-    cases = {
+    cases: dict[str, dict[str, Any]] = {
         "ppo": {"pipeline": "ppo", "warmup": [{"pipeline": "sft"}]},
         "grpo": {"workers": 2, "algorithm.kl_coef": 0.1},
     }

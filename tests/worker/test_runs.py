@@ -239,7 +239,7 @@ def test_an_error_in_a_custom_op_names_its_line(recipe: Path, tmp_path: Path) ->
     (tmp_path / "branches.yaml").write_text(PIPELINE.replace("FOLDER", str(tmp_path)).replace(":length", ":broken"))
     for workers in ("1", "2"):
         said = runs.run(recipe, tmp_path / f"run{workers}", "pipeline=branches.yaml", "--workers", workers, status=1)
-        assert "node 'long' raised" in said and "ops.py:" in said
+        assert "node 'long': 'broken' raised" in said and "ops.py:" in said
         assert said.count("\n") == 1 and "Traceback" not in said
 
 
