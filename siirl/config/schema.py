@@ -84,14 +84,15 @@ class AlgorithmConfig(Section):
 class RolloutConfig(Section):
     """Generation of responses."""
 
-    engine: Literal["native", "vllm"] = "native"
-    group_size: Annotated[int, Field(gt=0, le=2**20)] = 8  # a sample id has 20 bits for the response
-    max_new_tokens: Positive = 256
-    temperature: NonNegativeFloat = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: NonNegative = Field(0, description="0: off")
-    min_p: Fraction = 0.0
-    ignore_eos: bool = False
+    engine: Literal["native", "vllm"] = Field("native", description="native is the built-in one")
+    # a sample id has 20 bits for the response
+    group_size: int = Field(8, gt=0, le=2**20, description="responses per prompt")
+    max_new_tokens: Positive = Field(256, description="longest response")
+    temperature: NonNegativeFloat = Field(1.0, description="0: greedy")
+    top_p: float = Field(1.0, gt=0, le=1, description="draw from the likeliest tokens that reach this probability")
+    top_k: NonNegative = Field(0, description="draw from the so many likeliest tokens; 0: off")
+    min_p: Fraction = Field(0.0, description="leave out tokens less likely than this share of the likeliest one's")
+    ignore_eos: bool = Field(False, description="never draw an end token: every response has max_new_tokens")
     stop: list[str] = Field(default_factory=list, description="strings that end a response")
     max_sequences: Positive = Field(512, description="sequences decoded together on one worker")
 

@@ -110,8 +110,7 @@ class DagWorker:
         for key, value in {**times, "time/step_s": seconds}.items():
             metrics.max(key, value)
         metrics.max("memory/host_peak_bytes", memory.host_peak)
-        if not memory.unified:
-            metrics.max("memory/device_peak_bytes", memory.peak)
+        metrics.max("memory/device_peak_bytes", memory.peak)
         reduced = metrics.reduce(self._context.collectives)
         for unit in ("samples", "tokens"):
             if (count := reduced.pop(f"throughput/{unit}", None)) is not None:
