@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from siirl.device.collectives import Collectives
@@ -56,6 +55,8 @@ def save(
     if collectives.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "tensors").mkdir(parents=True)
+    import torch.distributed.checkpoint as dcp  # two seconds to import
+
     collectives.barrier()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch names its own deprecated parts
@@ -98,6 +99,8 @@ def load_worker_state(checkpoint: Path, rank: int) -> dict[str, Any] | None:
 
 def load_tensors(checkpoint: Path, tensors: Mapping[str, Tensor], collectives: Collectives) -> None:
     """Fill ``tensors`` in place, whatever number of workers wrote the checkpoint."""
+    import torch.distributed.checkpoint as dcp
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         reader = dcp.HuggingFaceStorageReader(str(checkpoint / "tensors"))

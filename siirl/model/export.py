@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from siirl.model.decoder import Decoder
 from siirl.model.fallback import TransformersDecoder
@@ -35,6 +35,8 @@ def save_pretrained(
         state_dict: whole tensors by the model's parameter names, for a model whose own are sharded.
         max_shard_size: of one weight file, such as ``5GB``.
     """
+    from transformers import GenerationConfig  # with all of transformers' generation behind it
+
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     whole = model.state_dict() if state_dict is None else state_dict

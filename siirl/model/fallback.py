@@ -9,17 +9,20 @@ import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from siirl.errors import RequestError
 from siirl.model.decoder import Attention, Decoder, PackedAttention
 from siirl.model.families import merge_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +100,8 @@ def load_fallback(
     Raises:
         RequestError: `transformers` cannot load it, or its logits are not hidden · head_weightᵀ.
     """
+    from transformers import AutoModelForCausalLM  # a second to import, and seldom needed
+
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from siirl.algorithms.aggregation import token_weights
 from siirl.config.schema import Config, TrainingConfig
@@ -142,8 +141,8 @@ class TrainingEngine:
         updates = self._config.algorithm.mini_batches * self._config.algorithm.epochs
         micros = self._micro_batches(batch, rows)
         for i, micro in enumerate(micros):
-            if isinstance(self.module, FSDPModule):
-                self.module.set_requires_gradient_sync(i == len(micros) - 1)
+            if self.sharded:
+                cast(Any, self.module).set_requires_gradient_sync(i == len(micros) - 1)
             part = batch.take(micro.rows)
             weights = token_weights(
                 self._config.algorithm.loss_agg,
@@ -211,12 +210,18 @@ class TrainingEngine:
     def _clip(self) -> float:
         limit = self._config.training.max_grad_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return float(_whole(norm))
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The model's parameters by their own names, gathered whole one at a time where they are sharded."""
         for name, parameter in self.model.named_parameters():
-            yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+            yield name, _whole(parameter)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or what a sharded one is a part of: a collective then."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor.detach() if gather is None else gather()
 
 
 def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
@@ -231,6 +236,8 @@ def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
 
 
 def _shard(module: nn.Module, dtype: torch.dtype) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # a second to import
+
     policy = (
         MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         if dtype != torch.float32

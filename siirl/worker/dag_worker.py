@@ -42,8 +42,8 @@ class DagWorker:
         self._plan, self._context, self._tracer = plan, context, tracer
         self._functions = {step.id: _function(step) for step in plan.steps if step.kind == "node"}
 
-    def run_step(self, number: int) -> dict[str, float]:
-        """Run the pipeline once and return the step's metrics, reduced over all workers."""
+    def run_step(self, number: int) -> None:
+        """Run the pipeline once."""
         context = self._context
         context.step = number
         context.backend.reset_peak_memory()
@@ -51,7 +51,7 @@ class DagWorker:
         batch = Batch({})
         for step in self._plan.steps:
             batch = self._run(step, batch)
-        return self._metrics(time.perf_counter() - start)
+        self._seconds = time.perf_counter() - start
 
     def _run(self, step: Step, batch: Batch) -> Batch:
         if step.kind == "drop":
@@ -99,7 +99,8 @@ class DagWorker:
                 raise SiirlError(f"node '{step.id}' gave back the column '{formal}', which its 'writes' does not name")
         return batch.with_columns(**columns)
 
-    def _metrics(self, seconds: float) -> dict[str, float]:
+    def reduce_metrics(self) -> dict[str, float]:
+        """The metrics of the step that was run, over all workers."""
         metrics, memory = self._context.metrics, self._context.backend.memory()
         durations = self._tracer.durations()
         times: dict[str, float] = {}
@@ -107,7 +108,7 @@ class DagWorker:
             key = "time/redistribute_s" if step.kind == "redistribute" else _TIMES.get(step.op)
             if key is not None and step.id in durations:
                 times[key] = times.get(key, 0.0) + durations[step.id]
-        for key, value in {**times, "time/step_s": seconds}.items():
+        for key, value in {**times, "time/step_s": self._seconds}.items():
             metrics.max(key, value)
         metrics.max("memory/host_peak_bytes", memory.host_peak)
         metrics.max("memory/device_peak_bytes", memory.peak)

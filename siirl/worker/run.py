@@ -121,8 +121,9 @@ class RunWorker:
             if any(step.op in ("reward", "evaluate") for step in plan.steps):
                 context.rewards.start()
             for number in range(start + 1, config.training.steps + 1):
-                context.metrics.max(_STOP, float(stop.signal))
-                metrics = worker.run_step(number)
+                worker.run_step(number)
+                context.metrics.max(_STOP, float(stop.signal))  # one worker's signal stops all of them after one step
+                metrics = worker.reduce_metrics()
                 stopping = metrics.pop(_STOP) > 0
                 self._write({"stage": stage.name, "step": number, **metrics})
                 if self._wants_checkpoint(stage, number) or stopping:
