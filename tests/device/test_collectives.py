@@ -160,7 +160,7 @@ def lose_worker_one(rank: int, size: int) -> str:
 def test_a_lost_worker_is_a_sentence() -> None:
     survivor, dead = run_world(lose_worker_one, 2)
     assert dead is None
-    assert survivor.startswith("SiirlError: all_reduce failed on worker 0 of 2: another worker was lost"), survivor
+    assert survivor.startswith("WorkerLost: all_reduce failed on worker 0 of 2: another worker was lost"), survivor
 
 
 def come_late(rank: int, size: int) -> str | None:
@@ -173,7 +173,7 @@ def come_late(rank: int, size: int) -> str | None:
 
 def test_a_worker_that_does_not_come_is_a_sentence() -> None:
     early, _ = run_world(come_late, 2)
-    assert early.startswith("SiirlError: all_gather failed on worker 0 of 2"), early
+    assert early.startswith("WorkerLost: all_gather failed on worker 0 of 2"), early
     assert "did not arrive within 3 s" in early
 
 
@@ -186,7 +186,7 @@ def meet_nobody(rank: int, size: int) -> tuple[str, str]:
 def test_a_meeting_that_fails_is_a_sentence() -> None:
     ((taken, alone),) = run_world(meet_nobody, 1)
     assert taken.startswith("SiirlError: worker 0 cannot listen on 127.0.0.1, MASTER_PORT"), taken
-    assert alone.startswith("SiirlError: the first meeting failed on worker 0 of 2"), alone
+    assert alone.startswith("WorkerLost: the first meeting failed on worker 0 of 2"), alone
 
 
 def test_one_worker_needs_no_process_group() -> None:

@@ -37,7 +37,8 @@ def expected(values: list[float]) -> dict[str, Any]:
     }
 
 
-@given(parts=st.lists(st.lists(st.floats(-1e3, 1e3)), min_size=1, max_size=5))
+# millionths: the squares of the smallest floats are 0, and with them the deviation
+@given(parts=st.lists(st.lists(st.integers(-(10**9), 10**9).map(lambda n: n / 1e6)), min_size=1, max_size=5))
 def test_adding_in_parts_gives_the_numbers_of_the_whole(parts: list[list[float]]) -> None:
     metrics = StepMetrics()
     for part in parts:
