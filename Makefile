@@ -21,8 +21,9 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff format --check $(wildcard $(SOURCES))
 	$(BIN)/mypy
 
+# TRL_PYTHON is the Python of an environment with TRL: `python benchmarks/vs_trl.py --help`.
 bench: .venv/.installed-dev
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python benchmarks/vs_trl.py $(if $(TRL_PYTHON),--trl-python $(TRL_PYTHON))
 
 clean:
 	rm -rf .venv

@@ -82,7 +82,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     print_table(results)
     if arguments.json:
-        arguments.json.write_text(json.dumps(machine() | {"shapes": results}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({**machine(), "shapes": results}, indent=1) + "\n")
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -111,7 +111,7 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         work = prepare(shape, steps, directory)
-        rounds = []
+        rounds, versions = [], {}
         for number in range(arguments.rounds):
             load = os.getloadavg()[0]
             sides = {
@@ -120,11 +120,13 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             }
             for side, result in sides.items():
                 check_work(side, result, shape, work)
+                versions[side] = result.pop("versions")
                 result["samples_per_s"] = shape.samples / statistics.median(result["step_s"][1:])
             ratio = sides["siirl"]["samples_per_s"] / sides["trl"]["samples_per_s"]
             rounds.append({"load_average": load, "ratio": ratio, **sides})
             print(f"{name}, round {number + 1} of {arguments.rounds}: {ratio:.2f} times TRL", file=sys.stderr)
-    return {"work": asdict(shape) | {"steps": steps, "prompts_sha256": work["prompts_sha256"]}, "rounds": rounds}
+    done = asdict(shape) | {"steps": steps, "lr": LR, "seed": SEED, "prompts_sha256": work["prompts_sha256"]}
+    return {"work": done, "versions": versions, "rounds": rounds}
 
 
 def prepare(shape: Shape, steps: int, directory: Path) -> dict[str, Any]:
@@ -236,7 +238,7 @@ def check_work(side: str, result: dict[str, Any], shape: Shape, work: dict[str, 
 
 
 def machine() -> dict[str, Any]:
-    """Where and when the numbers were taken."""
+    """What the numbers were taken on; the load average is that of the end."""
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
