@@ -13,6 +13,8 @@ from torch import Tensor
 
 # Elements of one chunk of logits: 64 MiB in float32, small beside a model, large enough for full matmul speed.
 _CHUNK_ELEMENTS = 16 * 2**20
+# So many chunks of log-probs are kept for the backward pass; of more it computes all again.
+_KEPT_CHUNKS = 2
 
 
 def _chunks(tokens: int, vocabulary: int) -> list[tuple[int, int]]:
@@ -35,14 +37,14 @@ class LinearLogProb(torch.autograd.Function):
         tokens, vocabulary = hidden.shape[0], weight.shape[0]
         log_prob = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(log_prob)
-        kept: Tensor | None = None
-        chunks = _chunks(tokens, vocabulary)
-        for start, end in chunks:
+        kept: list[Tensor] = []
+        for start, end in _chunks(tokens, vocabulary):
             log_p = _log_softmax(hidden[start:end], weight, temperature)
             log_prob[start:end] = log_p.gather(1, target[start:end, None]).squeeze(1)
             entropy[start:end] = -(log_p.exp() * log_p).sum(-1)
-            kept = log_p if len(chunks) == 1 else None
-        ctx.save_for_backward(hidden, weight, target, entropy, kept)
+            if tokens * vocabulary <= _KEPT_CHUNKS * _CHUNK_ELEMENTS:
+                kept.append(log_p)
+        ctx.save_for_backward(hidden, weight, target, entropy, *kept)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
         return log_prob, entropy
@@ -51,13 +53,13 @@ class LinearLogProb(torch.autograd.Function):
     def backward(
         ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor, Tensor, None, None]:
-        hidden, weight, target, entropy, kept = ctx.saved_tensors
+        hidden, weight, target, entropy, *kept = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # hundreds of chunks would round away in bfloat16
         if grad_log_prob is None:
             grad_log_prob = torch.zeros_like(entropy)
-        for start, end in _chunks(hidden.shape[0], weight.shape[0]):
-            log_p = kept if kept is not None else _log_softmax(hidden[start:end], weight, ctx.temperature)
+        for i, (start, end) in enumerate(_chunks(hidden.shape[0], weight.shape[0])):
+            log_p = kept[i] if kept else _log_softmax(hidden[start:end], weight, ctx.temperature)
             grad = log_p.exp()
             g_log_prob = grad_log_prob[start:end, None]
             factor = -g_log_prob

@@ -1,4 +1,8 @@
-"""Packed sequences: where each begins, and padded buckets of like lengths for ops that want a rectangle."""
+"""Packed sequences: where each begins, and padded buckets of like lengths for ops that want a rectangle.
+
+Sequences that begin with the same prompt share its tokens: these are packed, and computed by every layer, once; only as
+keys and values of attention are they repeated.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +14,46 @@ from torch import Tensor
 
 # A bucket ends where a sequence would be padded to more than this multiple of its own length.
 _MAX_PADDING = 1.5
+# Elements of a bucket's mask; where it would be larger, queries of the shared tokens are computed again instead.
+_MAX_MASK = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """Parts of sequences padded to one length; what stands behind a part's end is some token.
+
+    Attributes:
+        real: bool [rows, length], False where padded.
+        index: int64 [rows · length], the packed token at each place; None where the rectangle is a plain view.
+    """
+
+    real: Tensor
+    index: Tensor | None
+
+    @property
+    def length(self) -> int:
+        return self.real.shape[1]
+
+    def pad(self, x: Tensor) -> Tensor:
+        """``x`` [T, ...] as [rows, length, ...]."""
+        chosen = x if self.index is None else x.index_select(0, self.index)
+        return chosen.reshape(*self.real.shape, *x.shape[1:])
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sequences padded to one length: ``index`` [rows, length] points into the packed tokens, -1 where padded.
+    """Sequences whose attention is one call.
 
-    ``whole`` marks the bucket that holds all tokens in order without padding: a plain view.
+    Attributes:
+        queries: the tokens that attend.
+        keys: the whole sequences.
+        mask: bool [queries, keys], True where one may attend to the other; None where both are the same tokens and
+            attention is plainly causal. A query never sees the padding behind it.
     """
 
-    rows: int
-    length: int
-    source: Tensor  # [tokens of the bucket] positions in the packed order
-    target: Tensor  # [tokens of the bucket] positions in the padded rectangle
-    whole: bool
+    queries: Rectangle
+    keys: Rectangle
+    mask: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -31,84 +61,95 @@ class PackedSequences:
     """Boundaries of packed sequences.
 
     Args:
-        lengths: tokens of each sequence, in packed order; all positive.
+        lengths: packed tokens of each sequence, in packed order: those it does not share with an earlier one.
         device: where index tensors live.
+        parents: for each sequence an earlier one that shares nothing itself, or its own index; empty: nothing shared.
+        prefixes: how many of its parent's first tokens each sequence begins with; 0 where it is its own parent.
     """
 
     lengths: tuple[int, ...]
     device: torch.device
+    parents: tuple[int, ...] = ()
+    prefixes: tuple[int, ...] = ()
 
     @cached_property
     def positions(self) -> Tensor:
         """Position of each packed token within its sequence, int64 [T]."""
-        return _ranges(torch.tensor(self.lengths, dtype=torch.int64)).to(self.device)
+        return (_ranges(self._lengths) + self._prefixes.repeat_interleave(self._lengths)).to(self.device)
 
     @cached_property
     def starts(self) -> Tensor:
         """First packed token of each sequence, int64 [B], on the host."""
-        lengths = torch.tensor(self.lengths, dtype=torch.int64)
-        return lengths.cumsum(0) - lengths
+        return self._lengths.cumsum(0) - self._lengths
 
     @cached_property
     def buckets(self) -> tuple[Bucket, ...]:
         """Rectangles that cover all sequences."""
-        if len(set(self.lengths)) == 1:
-            tokens = torch.arange(sum(self.lengths), device=self.device)
-            return (Bucket(len(self.lengths), self.lengths[0], tokens, tokens, True),)
-        order = sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i])
+        return tuple(self._bucket(rows) for rows in self._like_rows)
+
+    def unpad(self, parts: list[Tensor]) -> Tensor:
+        """From what each bucket's queries gave, [rows, queries, ...], to [T, ...] in packed order."""
+        flat = [x.reshape(-1, *x.shape[2:]) for x in parts]
+        if self.buckets[0].queries.index is None:
+            return flat[0]
+        return torch.cat(flat).index_select(0, self._places)
+
+    @cached_property
+    def _lengths(self) -> Tensor:
+        return torch.tensor(self.lengths, dtype=torch.int64)
+
+    @cached_property
+    def _prefixes(self) -> Tensor:
+        return torch.tensor(self.prefixes or (0,) * len(self.lengths), dtype=torch.int64)
+
+    @cached_property
+    def _like_rows(self) -> list[list[int]]:
+        """The rows of each bucket: equal prefixes, lengths that need little padding; longest first."""
+        prefixes = self._prefixes.tolist()
         groups: list[list[int]] = []
-        for i in order:
-            if not groups or self.lengths[groups[-1][0]] > _MAX_PADDING * self.lengths[i]:
+        for i in sorted(range(len(prefixes)), key=lambda i: (prefixes[i], -self.lengths[i])):
+            if not groups or prefixes[groups[-1][0]] != prefixes[i] or self._padded_too_much(groups[-1][0], i):
                 groups.append([])
             groups[-1].append(i)
-        return tuple(self._bucket(rows) for rows in groups)
+        return groups
+
+    def _padded_too_much(self, longest: int, i: int) -> bool:
+        prefix = int(self._prefixes[i])
+        return prefix + self.lengths[longest] > _MAX_PADDING * (prefix + self.lengths[i])
 
     def _bucket(self, rows: list[int]) -> Bucket:
-        lengths = torch.tensor([self.lengths[i] for i in rows], dtype=torch.int64)
-        length = int(lengths[0])
-        within = _ranges(lengths)
-        source = torch.repeat_interleave(self.starts[rows], lengths) + within
-        target = torch.repeat_interleave(torch.arange(len(rows)) * length, lengths) + within
-        return Bucket(len(rows), length, source.to(self.device), target.to(self.device), False)
+        prefix, longest = int(self._prefixes[rows[0]]), max(1, self.lengths[rows[0]])
+        keys = self._rectangle(rows, 0, prefix + longest)
+        if prefix == 0 or longest * (prefix + longest) > _MAX_MASK:
+            return Bucket(keys, keys, None)
+        mask = torch.ones(longest, prefix + longest, dtype=torch.bool, device=self.device).tril(prefix)
+        return Bucket(self._rectangle(rows, prefix, prefix + longest), keys, mask)
+
+    def _rectangle(self, rows: list[int], start: int, stop: int) -> Rectangle:
+        """Columns ``start`` … ``stop`` of the whole sequences."""
+        prefix, own = self._prefixes[rows][:, None], self._lengths[rows][:, None]
+        column = torch.arange(start, stop)[None, :]
+        real = column < prefix + own
+        if start == 0 and not self.parents and rows == list(range(len(self.lengths))) and bool(real.all()):
+            return Rectangle(real.to(self.device), None)
+        shared = self.starts[[self.parents[i] for i in rows]][:, None] if self.parents else 0
+        index = torch.where(column < prefix, shared + column, self.starts[rows][:, None] + column - prefix)
+        return Rectangle(real.to(self.device), torch.where(real, index, 0).flatten().to(self.device))
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """Each packed token's place among the queries of all buckets, one after another."""
+        places = torch.empty(sum(self.lengths), dtype=torch.int64)
+        offset = 0
+        for rows, bucket in zip(self._like_rows, self.buckets, strict=True):
+            own, width = self._lengths[rows], bucket.queries.length
+            first = torch.arange(len(rows)) * width + (self._prefixes[rows] if bucket.mask is None else 0)
+            within = _ranges(own)
+            places[self.starts[rows].repeat_interleave(own) + within] = offset + first.repeat_interleave(own) + within
+            offset += len(rows) * width
+        return places.to(self.device)
 
 
 def _ranges(lengths: Tensor) -> Tensor:
     """0 … n-1 for each n of ``lengths``, concatenated."""
-    total = int(lengths.sum())
-    return torch.arange(total) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-
-
-class _Scatter(torch.autograd.Function):
-    """Rows ``source`` of x, written to rows ``target`` of zeros; both index sets are free of repeats."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, source: Tensor, target: Tensor, rows: int) -> Tensor:
-        ctx.save_for_backward(source, target)
-        ctx.rows = x.shape[0]
-        return x.new_zeros((rows, *x.shape[1:])).index_copy_(0, target, x.index_select(0, source))
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        source, target = ctx.saved_tensors
-        out = grad.new_zeros((ctx.rows, *grad.shape[1:])).index_copy_(0, source, grad.index_select(0, target))
-        return out, None, None, None
-
-
-def pad(x: Tensor, bucket: Bucket) -> Tensor:
-    """The bucket's tokens of ``x`` [T, ...] as a rectangle [rows, length, ...], zeros after each sequence's end."""
-    shape = (bucket.rows, bucket.length, *x.shape[1:])
-    if bucket.whole:
-        return x.reshape(shape)
-    return _Scatter.apply(x, bucket.source, bucket.target, bucket.rows * bucket.length).reshape(shape)
-
-
-def unpad(parts: list[tuple[Tensor, Bucket]], tokens: int) -> Tensor:
-    """The inverse of :func:`pad` over all buckets: [tokens, ...] in packed order."""
-    total: Tensor | None = None
-    for x, bucket in parts:
-        flat = x.reshape(-1, *x.shape[2:])
-        if not bucket.whole:
-            flat = _Scatter.apply(flat, bucket.target, bucket.source, tokens)
-        total = flat if total is None else total + flat
-    assert total is not None, "no sequence was packed"
-    return total
+    return torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from siirl_kernels.linear_log_prob import LinearLogProb
-from siirl_kernels.packing import PackedSequences, pad, unpad
+from siirl_kernels.packing import PackedSequences
 from siirl_kernels.registry import op
 
 
@@ -50,10 +50,11 @@ def packed_attention(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, sequences: Pac
     grouped = q_TND.shape[1] != k_TKD.shape[1]
     parts = []
     for bucket in sequences.buckets:
-        q, k, v = (pad(x, bucket).transpose(1, 2) for x in (q_TND, k_TKD, v_TKD))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        parts.append((out.transpose(1, 2), bucket))
-    return unpad(parts, q_TND.shape[0])
+        q, k, v = bucket.queries.pad(q_TND), bucket.keys.pad(k_TKD), bucket.keys.pad(v_TKD)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, bucket.mask, is_causal=bucket.mask is None, enable_gqa=grouped)
+        parts.append(out.transpose(1, 2))
+    return sequences.unpad(parts)
 
 
 @op
@@ -72,7 +73,7 @@ def linear_log_prob(
 
 
 @op
-def decode_attention(q_BND: Tensor, k_BLKD: Tensor, v_BLKD: Tensor, keep_BL: Tensor) -> Tensor:
+def decode_attention(q_BND: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, keep_BL: Tensor) -> Tensor:
     """One new query per sequence against its cached keys and values, scale 1/sqrt(D).
 
     Args:
@@ -82,8 +83,8 @@ def decode_attention(q_BND: Tensor, k_BLKD: Tensor, v_BLKD: Tensor, keep_BL: Ten
         [B, N, D] in q's dtype.
     """
     batch, heads, size = q_BND.shape
-    keys = k_BLKD.shape[2]
-    q_BKGD = q_BND.view(batch, keys, heads // keys, size)
-    mask = keep_BL[:, None, None, :].expand(-1, -1, heads // keys, -1)
-    out = F.scaled_dot_product_attention(q_BKGD, k_BLKD.transpose(1, 2), v_BLKD.transpose(1, 2), attn_mask=mask)
-    return out.reshape(batch, heads, size)
+    keys = k_BKLD.shape[1]
+    # one query is too little work for a fused kernel on a CPU: two batched products are faster, most on a long cache
+    scores_BKGL = (q_BND * size**-0.5).view(batch, keys, heads // keys, size) @ k_BKLD.transpose(2, 3)
+    weights_BKGL = scores_BKGL.masked_fill_(~keep_BL[:, None, None], -torch.inf).softmax(-1, dtype=torch.float32)
+    return (weights_BKGL.to(q_BND.dtype) @ v_BKLD).view(batch, heads, size)

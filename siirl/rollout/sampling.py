@@ -83,9 +83,10 @@ def draw(
 
 def _invert(log_p: Tensor, uniform_B: Tensor) -> Tensor:
     cdf = log_p.exp().cumsum(-1)
-    tokens = torch.searchsorted(cdf, (uniform_B[:, None] * cdf[:, -1:]), right=True).squeeze(1)
-    # rounding can put the product at the total itself, past the last token
-    return torch.where(tokens < log_p.shape[-1], tokens, log_p.argmax(-1))
+    total = cdf[:, -1:]
+    # rounding must not put the product at the total itself, past the last token
+    wanted = torch.minimum(uniform_B[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cdf, wanted, right=True).squeeze(1)
 
 
 def _filter(log_p: Tensor, sampling: Sampling) -> Tensor:

@@ -49,7 +49,7 @@ class CachedState:
     def __init__(self, decoder: Decoder, capacity: int, length: int) -> None:
         config, weight = decoder.config, decoder.head_weight
         self.decoder, self.rows, self._longest = decoder, 0, 0
-        shape = (config.num_layers, 2, capacity, length, config.num_kv_heads, config.head_dim)
+        shape = (config.num_layers, 2, capacity, config.num_kv_heads, length, config.head_dim)
         self._cache = torch.empty(shape, dtype=weight.dtype, device=weight.device)
         self._lengths = torch.zeros(capacity, dtype=torch.int64, device=weight.device)
         self._slots = torch.arange(length, device=weight.device)
@@ -82,7 +82,7 @@ class CachedState:
         moved = (order != torch.arange(len(order))).nonzero().squeeze(1)
         source = order[moved].to(self._cache.device)
         target = moved.to(self._cache.device)
-        self._cache[:, :, target, : self._longest] = self._cache[:, :, source, : self._longest]
+        self._cache[:, :, target, :, : self._longest] = self._cache[:, :, source, :, : self._longest]
         self._lengths[target] = self._lengths[source]
         self.rows = len(order)
         if self.rows:
@@ -105,7 +105,8 @@ class _PrefillAttention:
 
     def __call__(self, layer: int, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
         for half, x_TKD in enumerate((k_TKD, v_TKD)):
-            self.cache[layer, half, self.rows, : self.longest] = x_TKD[self.index].repeat_interleave(self.copies, 0)
+            x_PKLD = x_TKD[self.index].transpose(1, 2)
+            self.cache[layer, half, self.rows, :, : self.longest] = x_PKLD.repeat_interleave(self.copies, 0)
         return kernels.packed_attention(q_TND, k_TKD, v_TKD, self.sequences)
 
 
@@ -115,12 +116,12 @@ class _DecodeAttention:
     def __init__(self, cache: Tensor, lengths_B: Tensor, slots_L: Tensor) -> None:
         self.cache, self.longest = cache, len(slots_L)
         self.keep_BL = slots_L[None, :] <= lengths_B[:, None]
-        self.at = (torch.arange(len(lengths_B), device=cache.device), lengths_B)
+        self.at = (torch.arange(len(lengths_B), device=cache.device), slice(None), lengths_B)
 
     def __call__(self, layer: int, q_BND: Tensor, k_BKD: Tensor, v_BKD: Tensor) -> Tensor:
         keys, values = self.cache[layer, 0], self.cache[layer, 1]
         keys[self.at], values[self.at] = k_BKD, v_BKD
-        return kernels.decode_attention(q_BND, keys[:, : self.longest], values[:, : self.longest], self.keep_BL)
+        return kernels.decode_attention(q_BND, keys[:, :, : self.longest], values[:, :, : self.longest], self.keep_BL)
 
 
 class UncachedState:

@@ -181,10 +181,8 @@ class TrainingEngine:
         return [(index == m).nonzero().squeeze(1) for m in range(count)]
 
     def _micro_batches(self, batch: Batch, rows: Tensor) -> list[MicroBatch]:
-        lengths = input_lengths(batch)[rows]
-        micros = [
-            pack(batch, rows[part], self._device) for part in split(lengths, self._config.training.micro_batch_tokens)
-        ]
+        parts = split(input_lengths(batch)[rows], batch.dense("slot")[rows], self._config.training.micro_batch_tokens)
+        micros = [pack(batch, rows[part], self._device) for part in parts]
         wanted = max(1, len(micros))  # a worker without rows still names its metrics and has gradients to add
         if self.sharded:  # every pass is a collective: all workers make as many
             wanted = int(self._collectives.all_reduce(torch.tensor(wanted), "max"))

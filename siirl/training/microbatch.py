@@ -18,7 +18,8 @@ from siirl_kernels.packing import PackedSequences
 class MicroBatch:
     """Rows of a batch, packed.
 
-    A row's input is its prompt and its response but the last token, whose successor nobody asks for.
+    A row's input is its prompt and its response but the last token, whose successor nobody asks for. Rows with the same
+    prompt share its tokens.
 
     Attributes:
         rows: int64 [N], rows of the batch, on the host.
@@ -42,24 +43,32 @@ def input_lengths(batch: Batch) -> Tensor:
     return (batch.lengths("prompt_ids") + batch.lengths("response_ids") - 1).clamp(min=1)
 
 
-def split(lengths: Tensor, budget: int) -> list[Tensor]:
-    """Split rows into micro-batches of at most ``budget`` tokens: like lengths together, each at least one row.
+def split(lengths: Tensor, prompts: Tensor, budget: int) -> list[Tensor]:
+    """Split rows into micro-batches of at most ``budget`` tokens, each of at least one row.
+
+    Rows of one prompt stay together as far as they fit, so that its tokens are computed once; beyond that, like lengths
+    go together. What rows share counts for each of them: attention still keeps it for each.
 
     Args:
         lengths: int64 [rows].
+        prompts: int64 [rows], which prompt each row answers.
         budget: tokens of one micro-batch.
 
     Returns:
-        Row indices of each micro-batch, ascending within it; a function of the lengths alone.
+        Row indices of each micro-batch, ascending within it; a function of the arguments alone.
     """
+    longest: dict[int, int] = {}
+    rows = list(zip(lengths.tolist(), prompts.tolist(), range(len(lengths)), strict=True))
+    for length, prompt, _ in rows:
+        longest[prompt] = max(length, longest.get(prompt, 0))
     parts: list[list[int]] = []
     tokens = 0
-    for row in lengths.argsort(descending=True, stable=True).tolist():
-        if not parts or tokens + int(lengths[row]) > budget:
+    for length, _, row in sorted(rows, key=lambda r: (-longest[r[1]], r[1], -r[0], r[2])):
+        if not parts or tokens + length > budget:
             parts.append([])
             tokens = 0
         parts[-1].append(row)
-        tokens += int(lengths[row])
+        tokens += length
     return [torch.tensor(sorted(part)) for part in parts]
 
 
@@ -79,20 +88,26 @@ def mini_batch_index(slots: Tensor, prompts: int, mini_batches: int) -> Tensor:
 def pack(batch: Batch, rows: Tensor, device: torch.device) -> MicroBatch:
     """Pack these rows of a batch with columns ``prompt_ids`` and ``response_ids``, both ragged int64."""
     prompts, responses = batch.ragged("prompt_ids").take(rows), batch.ragged("response_ids").take(rows)
-    pieces: list[Tensor] = []
-    for prompt, response in zip(prompts.rows(), responses.rows(), strict=True):
-        pieces += [prompt, response[:-1]]
-    responded = responses.lengths
+    first_row: dict[bytes, int] = {}
+    pieces, parents = [], []
+    for row, (prompt, response) in enumerate(zip(prompts.rows(), responses.rows(), strict=True)):
+        parents.append(first_row.setdefault(prompt.numpy().tobytes(), row))
+        pieces += [prompt, response[:-1]] if parents[-1] == row else [response[:-1]]
+    parent, responded = torch.tensor(parents, dtype=torch.int64), responses.lengths
+    prefixes = torch.where(parent < torch.arange(len(rows)), prompts.lengths, 0)
     # an empty response still leaves its prompt's last token in: a row without tokens has no place in a packed batch
-    lengths = prompts.lengths + (responded - 1).clamp(min=0)
-    first = lengths.cumsum(0) - lengths + prompts.lengths - 1
-    within = torch.arange(int(responded.sum())) - torch.repeat_interleave(responses.offsets[:-1], responded)
-    predict = torch.repeat_interleave(first, responded) + within
+    lengths = prompts.lengths - prefixes + (responded - 1).clamp(min=0)
+    starts = lengths.cumsum(0) - lengths
+    # the prompt's last token, perhaps the parent's, predicts the first response token, each of these the next
+    within = torch.arange(int(responded.sum())) - responses.offsets[:-1].repeat_interleave(responded)
+    last_prompt = (starts[parent] + prompts.lengths - 1).repeat_interleave(responded)
+    own = (starts + prompts.lengths - prefixes - 1).repeat_interleave(responded) + within
+    shared = (tuple(parents), tuple(prefixes.tolist())) if bool(prefixes.any()) else ()
     return MicroBatch(
         rows,
         torch.cat(pieces).to(device),
-        PackedSequences(tuple(lengths.tolist()), device),
-        predict.to(device),
+        PackedSequences(tuple(lengths.tolist()), device, *shared),
+        torch.where(within == 0, last_prompt, own).to(device),
         responses.values.to(device),
         responses.offsets,
     )

@@ -14,8 +14,25 @@ from siirl_kernels.packing import PackedSequences
 LENGTHS = [(5,), (1,), (1, 1, 1), (4, 4, 4), (1, 37, 2, 9, 1), (2, 50, 3)]
 
 
-def packed(lengths: tuple[int, ...]) -> PackedSequences:
-    return PackedSequences(lengths, torch.device("cpu"))
+# own tokens, parents and shared tokens: (5, 2 + 3 shared, 4 + 3 shared, ...)
+SHARED = [
+    ((5, 2, 4), (0, 0, 0), (0, 3, 3)),
+    ((4, 0, 3, 6, 1), (0, 0, 2, 2, 2), (0, 4, 0, 2, 2)),
+    ((3, 9, 1, 2, 2), (0, 1, 0, 1, 1), (0, 0, 3, 8, 1)),
+]
+
+
+def packed(lengths: tuple[int, ...], parents: tuple[int, ...] = (), prefixes: tuple[int, ...] = ()) -> PackedSequences:
+    return PackedSequences(lengths, torch.device("cpu"), parents, prefixes)
+
+
+def whole_sequences(lengths: tuple[int, ...], parents: tuple[int, ...], prefixes: tuple[int, ...]) -> list[list[int]]:
+    """The packed positions of each sequence, shared ones included."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    return [
+        [starts[parent] + t for t in range(prefix)] + [start + t for t in range(length)]
+        for start, length, parent, prefix in zip(starts, lengths, parents, prefixes, strict=True)
+    ]
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -81,6 +98,28 @@ def test_a_sequence_packed_among_others_comes_out_as_alone() -> None:
         torch.testing.assert_close(together[x], alone)
 
 
+@pytest.mark.parametrize(("lengths", "parents", "prefixes"), SHARED)
+@pytest.mark.parametrize("largest_mask", [16 * 2**20, 0], ids=["masked", "shared queries again"])
+def test_shared_tokens_are_seen_by_each_sequence_that_begins_with_them(
+    lengths, parents, prefixes, largest_mask: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("siirl_kernels.packing._MAX_MASK", largest_mask)
+    tokens = sum(lengths)
+    inputs = [random(tokens, heads, 4, seed=heads).requires_grad_() for heads in (4, 2, 2)]
+    upstream = random(tokens, 4, 4, seed=9)
+    out = kernels.packed_attention(*inputs, packed(lengths, parents, prefixes))
+    grads = torch.autograd.grad((out * upstream).sum(), inputs)
+
+    expected = torch.zeros_like(out)
+    for positions, prefix in zip(whole_sequences(lengths, parents, prefixes), prefixes, strict=True):
+        if own := positions[prefix:]:
+            alone = attend_naively(*(x[positions] for x in inputs), (len(positions),))[prefix:]
+            expected = expected.index_add(0, torch.tensor(own), alone)
+    torch.testing.assert_close(out, expected)
+    for grad, plain in zip(grads, torch.autograd.grad((expected * upstream).sum(), inputs), strict=True):
+        torch.testing.assert_close(grad, plain)
+
+
 @pytest.mark.parametrize("lengths", [(3,), (2, 2), (1, 6, 2)])
 def test_gradients_of_packed_attention(lengths: tuple[int, ...]) -> None:
     tokens = sum(lengths)
@@ -102,7 +141,11 @@ def test_positions_count_from_zero_in_each_sequence() -> None:
     assert sequences.starts.tolist() == [0, 3, 4]
 
 
+def test_positions_of_a_sequence_go_on_behind_what_it_shares() -> None:
+    assert packed((3, 2, 2), (0, 0, 0), (0, 2, 3)).positions.tolist() == [0, 1, 2, 2, 3, 3, 4]
+
+
 def test_padding_stays_within_half_of_each_sequence() -> None:
     for lengths in LENGTHS:
         for bucket in packed(lengths).buckets:
-            assert bucket.rows * bucket.length <= 1.5 * len(bucket.source)
+            assert bucket.keys.real.numel() <= 1.5 * bucket.keys.real.sum()

@@ -32,10 +32,10 @@ def decoder(seed: int = 3) -> Decoder:
 
 
 def batch() -> Batch:
-    """12 samples of 6 prompts, lengths 1 to 9 and 1 to 12; sample 4 has failed."""
+    """12 samples, two of each of 6 prompts, lengths 1 to 9 and 1 to 12; sample 4 has failed."""
     g = torch.Generator().manual_seed(11)
     slots = torch.arange(PROMPTS_PER_STEP).repeat_interleave(2)
-    prompt_lengths = torch.tensor([1, 4, 9, 2, 7, 3]).repeat_interleave(2)
+    prompt_lengths = torch.tensor([1, 4, 9, 2, 7, 3])
     response_lengths = torch.tensor([1, 5, 12, 3, 2, 8, 6, 1, 4, 10, 2, 7])
 
     def tokens(lengths: torch.Tensor) -> Ragged:
@@ -52,7 +52,7 @@ def batch() -> Batch:
             "sample_id": torch.arange(12),
             "group_id": slots,
             "slot": slots,
-            "prompt_ids": tokens(prompt_lengths),
+            "prompt_ids": tokens(prompt_lengths).take(slots),
             "response_ids": tokens(response_lengths),
             "advantages": numbers(1.0),
             "returns": numbers(1.0),

@@ -12,30 +12,43 @@ from tests.training.batches import PROMPTS_PER_STEP, batch
 CPU = torch.device("cpu")
 
 
-@given(st.lists(st.integers(1, 50), min_size=0, max_size=40), st.integers(1, 80))
-def test_micro_batches_hold_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
-    parts = split(torch.tensor(lengths, dtype=torch.int64), budget)
-    assert sorted(int(row) for part in parts for row in part) == list(range(len(lengths)))
+ROWS = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 8)), max_size=40)
+
+
+@given(ROWS, st.integers(1, 80))
+def test_micro_batches_hold_every_row_once_within_the_budget(rows: list[tuple[int, int]], budget: int) -> None:
+    lengths = [length for length, _ in rows]
+    parts = split(torch.tensor(lengths), torch.tensor([prompt for _, prompt in rows]), budget)
+    assert sorted(int(row) for part in parts for row in part) == list(range(len(rows)))
     assert all(sum(lengths[row] for row in part) <= budget or len(part) == 1 for part in parts)
+
+
+@given(ROWS, st.integers(1, 80))
+def test_rows_of_one_prompt_lie_in_neighbouring_micro_batches(rows: list[tuple[int, int]], budget: int) -> None:
+    prompts = torch.tensor([prompt for _, prompt in rows], dtype=torch.int64)
+    parts = split(torch.tensor([length for length, _ in rows], dtype=torch.int64), prompts, budget)
+    for prompt in range(9):
+        having = [i for i, part in enumerate(parts) if bool((prompts[part] == prompt).any())]
+        assert not having or having == list(range(having[0], having[-1] + 1))
 
 
 def test_a_response_token_is_predicted_by_the_token_before_it() -> None:
     samples = batch()
-    rows = torch.tensor([0, 3, 4, 11])
+    rows = torch.tensor([0, 3, 4, 5, 11])  # 4 and 5 answer the same prompt
     micro = pack(samples, rows, CPU)
     prompts, responses = samples.ragged("prompt_ids").rows(), samples.ragged("response_ids").rows()
-    whole = [torch.cat((prompts[r], responses[r])) for r in rows]
-    assert micro.tokens_T.tolist() == [int(t) for sequence in whole for t in sequence[:-1]]
-    assert micro.sequences.lengths == tuple(len(sequence) - 1 for sequence in whole)
+    pieces = [torch.cat((prompts[r], responses[r][:-1])) for r in rows]
+    pieces[3] = responses[5][:-1]
+    assert micro.tokens_T.tolist() == [int(t) for piece in pieces for t in piece]
+    assert micro.sequences.lengths == tuple(len(piece) for piece in pieces)
+    assert micro.sequences.parents == (0, 1, 2, 2, 4)
+    assert micro.sequences.prefixes == (0, 0, 0, len(prompts[5]), 0)
     assert micro.targets_R.tolist() == [int(t) for r in rows for t in responses[r]]
-    before = [
-        int(sequence[len(prompts[r]) - 1 + i])
-        for r, sequence in zip(rows, whole, strict=True)
-        for i in range(len(responses[r]))
-    ]
+    before = [int(t) for r in rows for t in torch.cat((prompts[r][-1:], responses[r][:-1]))]
     assert micro.tokens_T[micro.predict_R].tolist() == before
     assert micro.offsets.diff().tolist() == [len(responses[r]) for r in rows]
-    assert input_lengths(samples)[rows].tolist() == list(micro.sequences.lengths)
+    whole = torch.tensor(micro.sequences.lengths) + torch.tensor(micro.sequences.prefixes)
+    assert input_lengths(samples)[rows].tolist() == whole.tolist()
 
 
 def test_mini_batches_are_blocks_of_the_global_order_of_prompts() -> None:
