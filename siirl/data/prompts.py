@@ -17,6 +17,9 @@ from siirl.errors import RequestError, did_you_mean
 from siirl.model.tokenizer import encode_prompts, encode_texts
 from siirl.rollout.sampling import uniforms
 
+# so many rows are looked at for the longest prompt before a stage begins
+_CHECKED_ROWS = 1024
+
 
 class Rows(Protocol):
     """Random access to JSON-able rows; see :mod:`siirl.data.sources`."""
@@ -52,6 +55,16 @@ class PromptReader:
     ) -> None:
         self._source, self._config, self._tokenizer = source, config, tokenizer
         self._eos_id, self._training_rows, self._seed = eos_id, training_rows, seed
+
+    def check_longest(self) -> None:
+        """Read the row that looks longest among many of the training rows, as :meth:`read` would.
+
+        Raises:
+            RequestError: it cannot be used and ``data.on_error`` is ``stop``: better now than after a day.
+        """
+        rows = self._training_rows[:: -(-len(self._training_rows) // _CHECKED_ROWS)]
+        longest = max(rows, key=lambda row: len(json.dumps(self._source[row].get(self._config.prompt_key))))
+        self._usable([Item(int(longest), 0, 0, 0)])
 
     def read(self, items: Sequence[Item], supervised: bool = False) -> Batch:
         """Columns sample_id, group_id, slot, prompt_ids and row, and response_ids when ``supervised``.

@@ -131,7 +131,8 @@ class TorchBackend(Backend):
     def deterministic(self, level: Determinism) -> list[str]:
         if level not in ("off", "on", "strict"):
             raise ValueError(f"determinism is off, on or strict, not '{level}'")
-        self.torch.use_deterministic_algorithms(level != "off", warn_only=level == "on")
+        # as use_deterministic_algorithms, which imports the compiler besides, for a flag of its own: a second
+        self.torch.set_deterministic_debug_mode({"off": "default", "on": "warn", "strict": "error"}[level])
         # Filling fresh tensors with NaN finds reads of memory nobody wrote; that is a search for bugs, at a price.
         self.torch.utils.deterministic.fill_uninitialized_memory = level == "strict"
         return []

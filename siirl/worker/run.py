@@ -109,8 +109,9 @@ class RunWorker:
         """Run one stage; True when the run was asked to stop."""
         config, rank, workers = stage.config, self._collectives.rank, self._collectives.size
         plan = plan_worker(Graph.from_yaml(config.pipeline), config, workers, rank)
-        self._models.begin_stage(config, plan.models, first=index == 0)
         context = self._context(index, stage)
+        context.reader.check_longest()  # before the models of the stage, which take a while
+        self._models.begin_stage(config, plan.models, first=index == 0)
         state = self._state if self._state is not None and self._state["stage_index"] == index else None
         start = 0
         if state is not None:
