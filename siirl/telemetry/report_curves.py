@@ -79,11 +79,11 @@ def headline_numbers(records: Records) -> list[dict[str, Any]]:
         if found := _values(last, key):
             tiles.append({"label": label, "value": found[-1]} | ({"was": found[0]} if len(found) > 1 else {}))
     if found := _values(last, "response/length_mean"):
-        tiles.append({"label": "Response length", "value": found[-1], "unit": "tokens", "was": found[0]})
+        tiles.append({"label": "Length", "value": found[-1], "unit": "tokens", "was": found[0]})
     if found := _values(last, "actor/kl"):
         tiles.append({"label": "KL", "value": found[-1], "unit": "nats"})
     if found := _values(last, "throughput/tokens_per_s"):
-        tiles.append({"label": "Throughput", "value": statistics.median(found), "unit": "tokens/s", "note": "median"})
+        tiles.append({"label": "Speed", "value": statistics.median(found), "unit": "tokens/s", "note": "median"})
     if found := _values(last, "rollout/logprob_diff_max"):
         tiles.append({"label": "Log-prob gap", "value": max(found), "note": "largest of the run"})
     if not any(tile["label"] == "Reward" for tile in tiles) and (found := _values(last, "actor/loss")):

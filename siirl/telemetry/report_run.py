@@ -24,7 +24,8 @@ def header(run_dir: Path, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return name, status, device, workers, model, pipeline, duration in seconds, steps and error, as far as known."""
     summary = _read_json(run_dir / "summary.json")
     config = _read_config(run_dir)
-    seconds = summary.get("seconds", sum(record.get("time/step_s", 0.0) for record in records) or None)
+    stepped = sum(record.get("time/step_s", 0.0) for record in records)
+    seconds = max(summary.get("seconds", 0.0), stepped) or None  # the summary of a resumed run knows its own part
     return {
         "name": str(config.get("name") or run_dir.resolve().name),
         "status": summary.get("status", "unfinished"),

@@ -19,9 +19,9 @@ function drawHeader(header, numbers) {
 
 function drawTile(tile) {
   const was = tile.was !== undefined ? `${formatNumber(tile.was)} at first` : (tile.note ?? "");
-  const unit = tile.unit ? el("span", { class: "unit" }, tile.unit) : null;
-  const value = el("div", { class: "value" }, formatNumber(tile.value), unit);
-  return el("div", { class: "tile" }, el("dt", {}, tile.label), el("dd", {}, value, el("div", { class: "was" }, was)));
+  const label = tile.unit ? `${tile.label}, ${tile.unit}` : tile.label;
+  const value = el("div", { class: "value" }, formatNumber(tile.value));
+  return el("div", { class: "tile" }, el("dt", {}, label), el("dd", {}, value, el("div", { class: "was" }, was)));
 }
 
 function condition(step) {
