@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import time
 from fractions import Fraction
 from itertools import product
 
@@ -217,3 +219,64 @@ def test_one_giant_row_among_many_workers_is_alone():
     costs = np.concatenate([response_lengths(2048), ints([10**7])])
     targets = assign(costs, 1024)
     assert (targets == targets[-1]).sum() == 1
+
+
+def karmarkar_karp(costs: list[int], workers: int) -> int:
+    """The largest share by the differencing method (Karmarkar and Karp 1982), sums only."""
+    heap = [(-cost, number, [cost] + [0] * (workers - 1)) for number, cost in enumerate(costs)]
+    heapq.heapify(heap)
+    for number in range(len(costs), 2 * len(costs) - 1):
+        first, second = heapq.heappop(heap)[2], heapq.heappop(heap)[2]
+        joined = sorted((a + b for a, b in zip(first, reversed(second), strict=True)), reverse=True)
+        heapq.heappush(heap, (joined[-1] - joined[0], number, joined))
+    return heap[0][2][0]
+
+
+LARGE = {
+    "log-normal": lambda n: response_lengths(n),
+    "with a prompt": lambda n: 1024 + np.minimum(response_lengths(n), 1024),
+    "heavy tail": lambda n: np.clip(np.random.default_rng(1).pareto(1.1, n) * 200, 1, 200_000).astype(np.int64),
+    "quadratic": lambda n: response_lengths(n) ** 2,
+    "alike": lambda n: np.full(n, 7),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+@pytest.mark.parametrize(("samples", "workers"), [(4096, 64), (6000, 128)])
+def test_many_samples_are_dealt_as_evenly_as_by_differencing(kind: str, samples: int, workers: int) -> None:
+    costs = LARGE[kind](samples)
+    largest = np.bincount(assign(costs, workers), costs).max()
+    assert largest <= 1.001 * karmarkar_karp(costs.tolist(), workers)
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_equal_counts_are_kept_and_still_balanced(kind: str) -> None:
+    costs = LARGE[kind](5000)
+    targets = assign(costs, 64, equal=True)
+    counts = np.bincount(targets, minlength=64)
+    assert counts.max() - counts.min() <= 1
+    if kind in ("log-normal", "with a prompt"):
+        assert np.bincount(targets, costs).max() <= 1.02 * costs.sum() / 64
+    small = np.bincount(assign(costs[:37], 4, equal=True), minlength=4)
+    assert sorted(small.tolist()) == [9, 9, 9, 10]
+
+
+def test_a_hundred_thousand_samples_take_milliseconds() -> None:
+    costs, home = response_lengths(100_000), np.arange(100_000) * 1024 // 100_000
+    for keywords in ({}, {"home": home}):
+        seconds = []
+        for _ in range(10):
+            begun = time.thread_time()
+            targets = assign(costs, 1024, **keywords)
+            seconds.append(time.thread_time() - begun)
+        assert min(seconds) < 0.04  # 5 to 10 ms on an idle core; a loop over the samples takes 100
+        assert np.bincount(targets, costs).max() <= 1.01 * costs.sum() / 1024
+
+
+def test_samples_held_by_no_worker_go_where_there_is_room() -> None:
+    costs = response_lengths(300)
+    home = np.where(np.arange(300) % 3 == 0, -1, np.arange(300) % 4)
+    targets = assign(costs, 4, home=home)
+    assert max(loads(costs, targets, 4)) <= 1.01 * costs.sum() / 4
+    assert (targets == home)[home >= 0].mean() > 0.9
+    assert sorted(set(assign(costs, 4, home=np.full(300, -1)).tolist())) == [0, 1, 2, 3]
