@@ -50,6 +50,9 @@ class DataConfig(Section):
     limit: Positive | None = Field(None, description="read at most so many rows")
     label_noise: Fraction = Field(0.0, description="share of supervised targets replaced by another row's answer")
     on_error: Literal["stop", "skip"] = Field("stop", description="what a row that cannot be used does")
+    transport: Literal["auto", "collectives", "shared_memory"] = Field(
+        "auto", description="how rows move between workers; auto: through shared memory where all are on one host"
+    )
 
 
 class AlgorithmConfig(Section):

@@ -23,7 +23,11 @@ Split = Literal["groups", "tokens"]
 
 @dataclass(frozen=True)
 class Layout:
-    """How the rows lie over the workers: `groups` keeps a prompt's rows together, `tokens` balances by length."""
+    """How the rows lie over the workers: `groups` keeps a prompt's rows together, `tokens` balances by length.
+
+    The workers are `workers` of the run from `first` on. There are `data` shares of the rows, and all workers of a
+    tensor, context and pipeline group hold the same share.
+    """
 
     split: Split
     workers: int
@@ -32,6 +36,15 @@ class Layout:
     context: int = 1
     pipeline: int = 1
     expert: int = 1
+    first: int = 0
+
+    def shares(self) -> list[list[int]]:
+        """The workers of each share. Ranks run through tensor, context, data, pipeline, the first one fastest."""
+        inner = self.tensor * self.context
+        return [
+            [self.first + (p * self.data + d) * inner + i for p in range(self.pipeline) for i in range(inner)]
+            for d in range(self.data)
+        ]
 
     def __str__(self) -> str:
         inner = {"tensor": self.tensor, "context": self.context, "pipeline": self.pipeline, "expert": self.expert}

@@ -262,6 +262,38 @@ def offsets_of(lengths: Tensor) -> Tensor:
     return offsets
 
 
+def gather(columns: Sequence[Column], part: Tensor, row: Tensor) -> Column:
+    """Return rows of several columns of one kind, on the host, as a new column, each value copied once.
+
+    part, row: int64 [n], which of the columns each row comes from, and its number there.
+    """
+    at = [(part == i).nonzero().squeeze(1) for i in range(len(columns))]
+    first = columns[0]
+    if isinstance(first, Tensor):
+        out = first.new_empty((len(row), *first.shape[1:]))
+        for column, places in zip(columns, at, strict=True):
+            out[places] = _values(column)[row[places]]
+        return out
+    sources = [column for column in columns if isinstance(column, Ragged)]
+    starts, lengths = torch.empty_like(row), torch.empty_like(row)
+    for source, places in zip(sources, at, strict=True):
+        starts[places], lengths[places] = source.offsets[row[places]], source.lengths[row[places]]
+    offsets = offsets_of(lengths)
+    head = torch.ones(len(row), dtype=torch.bool)  # rows that follow each other here and there are one span
+    head[1:] = (part.diff() != 0) | (row.diff() != 1)
+    heads = head.nonzero().squeeze(1)
+    if int(offsets[-1]) >= SPAN_COPY_VALUES * len(heads):
+        sizes = torch.cat([offsets[heads], offsets[-1:]]).diff()
+        spans = zip(part[heads].tolist(), starts[heads].tolist(), sizes.tolist(), strict=True)
+        return Ragged(torch.cat([sources[i].values.narrow(0, start, size) for i, start, size in spans]), offsets)
+    values = first.values.new_empty((int(offsets[-1]), *first.values.shape[1:]))
+    for source, places in zip(sources, at, strict=True):
+        taken = source.take(row[places])
+        shift = torch.repeat_interleave(offsets[places] - taken.offsets[:-1], taken.lengths)
+        values[torch.arange(len(taken.values)) + shift] = taken.values
+    return Ragged(values, offsets)
+
+
 def _take(column: Column, rows: Tensor) -> Column:
     return column.take(rows) if isinstance(column, Ragged) else column.index_select(0, rows)
 

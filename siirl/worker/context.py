@@ -14,6 +14,7 @@ from siirl.config.schema import Config
 from siirl.data.batch import Batch, Column
 from siirl.data.dataloader import DistributedDataloader, Item
 from siirl.data.prompts import PromptReader
+from siirl.data.transport import Transport
 from siirl.device.backend import Backend
 from siirl.device.collectives import Collectives
 from siirl.rewards.pool import RewardPool
@@ -35,6 +36,7 @@ class Context:
     run_dir: Path
     backend: Backend
     collectives: Collectives
+    transport: Transport
     models: Models
     loader: DistributedDataloader
     reader: PromptReader

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
+import numpy as np
+
 from siirl.dag.ops import find_op, python_target
 from siirl.dag.plan import Step, WorkerPlan, due
 from siirl.data.batch import Batch, Column
@@ -66,13 +68,16 @@ class DagWorker:
 
     def _redistribute(self, step: Step, batch: Batch) -> Batch:
         config = self._context.config
-        assert step.target is not None
+        assert step.source is not None and step.target is not None
         batch, moved = redistribute(
             batch,
             self._context.collectives,
             fields=[name for name in step.fields if name in batch and name not in _IDS],
             split=step.target.split,
             strata=mini_batch_index(batch.dense("slot"), config.data.prompts_per_step, config.algorithm.mini_batches),
+            source=np.array(step.source.shares()),
+            target=np.array(step.target.shares()),
+            transport=self._context.transport,
         )
         self._context.metrics.sum("data/redistributed_bytes", moved.bytes_sent)
         return batch

@@ -19,6 +19,7 @@ from siirl.dag.planner import plan_worker
 from siirl.data.dataloader import DistributedDataloader, Item
 from siirl.data.prompts import PromptReader
 from siirl.data.sources import open_source, split
+from siirl.data.transport import choose as choose_transport
 from siirl.device.backend import Backend, RngState
 from siirl.device.collectives import Collectives
 from siirl.model.export import save_pretrained
@@ -81,6 +82,7 @@ class RunWorker:
         backend.seed(config.seed)
         log.info("kernels: %s", bind(backend.kernel_order()))
         self._models = Models(config, backend, collectives)
+        self._transport = choose_transport(config.data.transport, collectives)
         self._tracer = Tracer(run_dir, collectives.rank, enabled=config.logging.trace)
         saved = store.checkpoints(run_dir) if resume else []
         self._checkpoint = saved[-1] if saved else None
@@ -150,6 +152,7 @@ class RunWorker:
             run_dir=self._run_dir,
             backend=self._backend,
             collectives=self._collectives,
+            transport=self._transport,
             models=models,
             loader=DistributedDataloader(
                 train, config.data.prompts_per_step, rank, workers, config.seed, config.data.shuffle

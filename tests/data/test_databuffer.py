@@ -2,128 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import socket
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from siirl.data.batch import Batch, Ragged
 from siirl.data.databuffer import redistribute
-from siirl.device import select
 from siirl.device.collectives import Collectives
 from siirl.errors import SiirlError
+from tests.data.world import FIELDS, GROUP, IDS, SAMPLES, World, make_rows
 
-SAMPLES, GROUP, DTYPES = 48, 4, (torch.uint8, torch.int8, torch.int64, torch.float32, torch.bfloat16, torch.bool)
-IDS = ["sample_id", "group_id", "slot"]
 SPREADS: dict[str, Callable[[int, int], int]] = {  # (sample, workers) -> worker that holds it at first
     "in blocks": lambda sample, workers: sample * workers // SAMPLES,
     "round robin": lambda sample, workers: sample % workers,
     "one holds all": lambda sample, workers: workers - 1,
     "one holds none": lambda sample, workers: 1 + sample % (workers - 1),
 }
-
-
-def make_rows(samples: Sequence[int]) -> Batch:
-    """The rows with these ids; the content of a row depends on its id alone."""
-    generators = {sample: torch.Generator().manual_seed(sample) for sample in samples}
-
-    def draw(shape: Callable[[int], tuple[int, ...]], dtype: torch.dtype) -> list[torch.Tensor]:
-        rows = []
-        for sample in samples:
-            row = torch.randint(-99, 100, shape(sample), generator=generators[sample])
-            row = row / 7 if dtype.is_floating_point else row
-            rows.append(row.to(dtype))
-        return rows
-
-    def dense(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        return torch.stack([*draw(lambda _: shape, dtype), torch.zeros(shape, dtype=dtype)])[:-1]
-
-    def ragged(dtype: torch.dtype, factor: int, *shape: int) -> Ragged:
-        rows = draw(lambda sample: (sample * factor % 53, *shape), dtype)
-        offsets = torch.tensor([0, *map(len, rows)]).cumsum(0)
-        return Ragged(torch.cat([torch.zeros(0, *shape, dtype=dtype), *rows]), offsets)
-
-    ids = torch.tensor(samples, dtype=torch.int64)
-    columns: dict[str, Any] = {"sample_id": ids, "group_id": ids // GROUP, "slot": ids // GROUP % 7}
-    columns |= {"prompt_ids": ragged(torch.int64, 3), "response_ids": ragged(torch.int64, 11)}
-    columns |= {"row": Ragged.from_texts(["é" * (sample % 5) for sample in samples])}
-    columns |= {"reward": torch.where(ids % 5 == 0, float("nan"), ids / 3.0)}
-    for dtype in DTYPES:
-        name = str(dtype).removeprefix("torch.")
-        columns |= {f"dense_{name}": dense(dtype), f"dense2_{name}": dense(dtype, 3)}
-        columns |= {f"ragged_{name}": ragged(dtype, 5), f"ragged2_{name}": ragged(dtype, 7, 2)}
-    return Batch(columns)
-
-
-FIELDS = [name for name in make_rows([0]).names if name not in IDS]
-
-
-class Counted:
-    """Collectives that note what passes through them."""
-
-    def __init__(self, inner: Collectives) -> None:
-        self.inner, self.rank, self.size = inner, inner.rank, inner.size
-        self.calls: list[str] = []
-        self.largest = 0
-
-    def all_gather_ints(self, ints: torch.Tensor) -> list[torch.Tensor]:
-        self.calls.append("all_gather_ints")
-        return self.inner.all_gather_ints(ints)
-
-    def all_to_all_bytes(self, send, send_sizes, recv_sizes) -> torch.Tensor:
-        self.calls.append("all_to_all_bytes")
-        self.largest = max(sum(send_sizes), sum(recv_sizes))
-        return self.inner.all_to_all_bytes(send, send_sizes, recv_sizes)
-
-
-class World:
-    """Worker processes that stay up for the tests of this file."""
-
-    def __init__(self, size: int) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            port = listener.getsockname()[1]
-        context = mp.get_context("spawn")
-        self.size = size
-        self.pipes, others = zip(*(context.Pipe() for _ in range(size)), strict=True)
-        self.processes = [
-            context.Process(target=serve, args=(rank, size, port, other), daemon=True)
-            for rank, other in enumerate(others)
-        ]
-        for process in self.processes:
-            process.start()
-
-    def run(self, function: Callable, *arguments: Any, **keywords: Any) -> list[Any]:
-        """Return what ``function(collectives, *arguments)`` returns, or the error it raises, on every worker."""
-        for pipe in self.pipes:
-            pipe.send_bytes(pickle.dumps((function, arguments, keywords)))
-        assert all(pipe.poll(150) for pipe in self.pipes), "a worker hangs"
-        return [pickle.loads(pipe.recv_bytes()) for pipe in self.pipes]
-
-    def close(self) -> None:
-        for pipe in self.pipes:
-            pipe.send_bytes(pickle.dumps(None))
-        for process in self.processes:
-            process.join(30)
-
-
-def serve(rank: int, size: int, port: int, pipe: Any) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    backend = select("cpu")
-    backend.bind(rank, threads=1)
-    collectives = Collectives.init(backend, rank, size, timeout_s=120)
-    while request := pickle.loads(pipe.recv_bytes()):
-        function, arguments, keywords = request
-        try:
-            answer = function(Counted(collectives), *arguments, **keywords)
-        except Exception as error:  # the test looks at it
-            answer = error
-        pipe.send_bytes(pickle.dumps(answer))
-    collectives.close()
 
 
 @pytest.fixture(scope="module", params=[2, 3, 4], ids=lambda size: f"{size} workers")
@@ -206,13 +101,14 @@ def test_each_mini_batch_is_balanced(world, spread):
 def test_exactly_the_rows_that_change_worker_are_sent(world, spread):
     for rank, (result, moved, calls, largest) in enumerate(world.run(spread_rows, spread)):
         before, after = set(held(spread, rank, world.size)), set(ids_of(result))
-        assert moved.bytes_sent == payload(sorted(before - after))
-        assert moved.bytes_received == payload(sorted(after - before))
+        # the segment for each other worker ends at a multiple of eight bytes
+        assert 0 <= moved.bytes_sent - payload(sorted(before - after)) < 8 * world.size
+        assert 0 <= moved.bytes_received - payload(sorted(after - before)) < 8 * world.size
         assert moved.rows_kept == len(before & after)
         assert moved.seconds > 0
         assert calls == ["all_gather_ints", "all_to_all_bytes"]
         # Nobody holds more than its own: what it had goes out, its share comes in.
-        assert largest <= max(payload(sorted(before)), payload(sorted(after)))
+        assert largest <= max(payload(sorted(before)), payload(sorted(after))) + 8 * world.size
 
 
 def test_an_even_spread_sends_nothing(world):
@@ -231,7 +127,7 @@ def spread_equal_rows(collectives):
 def test_only_the_fields_asked_for_come_out(world):
     for result, moved, *_ in world.run(spread_rows, "one holds all", fields=["reward", "slot", "reward"]):
         assert result.names == (*IDS, "reward")
-        assert moved.bytes_received == 4 * (len(result) - moved.rows_kept)
+        assert 0 <= moved.bytes_received - 4 * (len(result) - moved.rows_kept) < 8 * world.size
 
 
 def test_ids_alone_need_no_data_plane(world):
