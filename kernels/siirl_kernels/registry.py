@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 _ops: dict[str, dict[str, Callable[..., Any]]] = {}
+_predicates: dict[tuple[str, str], Callable[..., bool]] = {}
 _bound: dict[str, str] = {}
 
 
@@ -33,8 +37,14 @@ def op(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def implementation(name: str, provider: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def implementation(
+    name: str, provider: str, supports: Callable[..., bool] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register an implementation of the op ``name``; its parameters must equal the reference's.
+
+    Args:
+        supports: asked with a call's own arguments, from their dtypes, shapes and devices alone; where it says no the
+            reference runs. Without it the implementation takes every call.
 
     Raises:
         ValueError: the op is unknown, or the signatures differ.
@@ -44,15 +54,29 @@ def implementation(name: str, provider: str) -> Callable[[Callable[..., Any]], C
         if name not in _ops:
             raise ValueError(f"kernel op '{name}' is unknown; the ops are {', '.join(sorted(_ops))}")
         expected = list(inspect.signature(_ops[name]["torch"]).parameters)
-        given = list(inspect.signature(function).parameters)
-        if expected != given:
-            raise ValueError(
-                f"'{provider}' implements {name}({', '.join(given)}), the op is {name}({', '.join(expected)})"
-            )
+        for given in (list(inspect.signature(f).parameters) for f in (function, supports) if f is not None):
+            if expected != given:
+                raise ValueError(
+                    f"'{provider}' implements {name}({', '.join(given)}), the op is {name}({', '.join(expected)})"
+                )
         _ops[name][provider] = function
+        _predicates.pop((name, provider), None)
+        if supports is not None:
+            _predicates[name, provider] = supports
         return function
 
     return register
+
+
+def providers(name: str) -> dict[str, Callable[..., Any]]:
+    """The implementations of the op ``name`` by provider, the reference (``torch``) first; none asks its predicate."""
+    return dict(_ops[name])
+
+
+def supported(name: str, provider: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether the provider's implementation of the op ``name`` takes a call with these arguments."""
+    predicate = _predicates.get((name, provider))
+    return predicate is None or predicate(**arguments)
 
 
 def bind(order: Sequence[str], pinned: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -68,9 +92,9 @@ def bind(order: Sequence[str], pinned: Mapping[str, str] | None = None) -> dict[
     for name, provider in pinned.items():
         if provider not in _ops.get(name, {}):
             raise ValueError(f"no provider '{provider}' implements the kernel op '{name}'")
-    for name, providers in _ops.items():
-        chosen = pinned.get(name) or next((p for p in order if p in providers), "torch")
-        setattr(kernels, name, providers[chosen])
+    for name, functions in _ops.items():
+        chosen = pinned.get(name) or next((p for p in order if p in functions), "torch")
+        setattr(kernels, name, _slot(name, chosen))
         _bound[name] = chosen
     return resolved()
 
@@ -78,3 +102,21 @@ def bind(order: Sequence[str], pinned: Mapping[str, str] | None = None) -> dict[
 def resolved() -> dict[str, str]:
     """The provider bound to each op."""
     return dict(_bound)
+
+
+def table_hash() -> str:
+    """A digest of what is bound, the same in every process that computes with the same implementations."""
+    return hashlib.sha256(json.dumps(_bound, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _slot(name: str, provider: str) -> Callable[..., Any]:
+    function, reference = _ops[name][provider], _ops[name]["torch"]
+    predicate = _predicates.get((name, provider))
+    if predicate is None:
+        return function
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (function if predicate(*args, **kwargs) else reference)(*args, **kwargs)
+
+    return call

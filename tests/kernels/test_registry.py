@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from siirl_kernels import bind, implementation, kernels, registry, resolved
+from siirl_kernels import bind, implementation, kernels, providers, registry, resolved, supported, table_hash
 
 
 @pytest.fixture(autouse=True)
 def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(registry, "_ops", {name: dict(providers) for name, providers in registry._ops.items()})
+    monkeypatch.setattr(registry, "_ops", {name: dict(functions) for name, functions in registry._ops.items()})
+    monkeypatch.setattr(registry, "_predicates", dict(registry._predicates))
     yield
     monkeypatch.undo()
     bind([])
@@ -53,3 +54,40 @@ def test_a_differing_signature_is_refused() -> None:
 def test_a_pin_on_nothing_is_refused(pinned: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="no provider"):
         bind([], pinned)
+
+
+def only_even(gate: torch.Tensor, up: torch.Tensor) -> bool:
+    return gate.shape[-1] % 2 == 0
+
+
+def test_the_reference_runs_where_a_predicate_says_no() -> None:
+    implementation("swiglu", "fast", supports=only_even)(doubled)
+    bind(["fast"])
+    even, odd = torch.full((1, 2), 3.0), torch.full((1, 3), 3.0)
+    assert torch.equal(kernels.swiglu(even, up=even), 2 * even * even)
+    assert torch.equal(kernels.swiglu(odd, odd), torch.nn.functional.silu(odd) * odd)
+    assert supported("swiglu", "fast", {"gate": even, "up": even})
+    assert not supported("swiglu", "fast", {"gate": odd, "up": odd})
+    assert providers("swiglu")["fast"] is doubled
+
+
+def test_a_predicate_has_the_signature_of_the_op() -> None:
+    with pytest.raises(ValueError, match=r"implements swiglu\(x\), the op is swiglu\(gate, up\)"):
+        implementation("swiglu", "fast", supports=lambda x: True)(doubled)
+
+
+def test_an_implementation_registered_again_loses_its_predicate() -> None:
+    implementation("swiglu", "fast", supports=only_even)(doubled)
+    implementation("swiglu", "fast")(doubled)
+    assert supported("swiglu", "fast", {"gate": torch.ones(1, 3), "up": torch.ones(1, 3)})
+
+
+def test_the_hash_of_the_table_follows_what_is_bound() -> None:
+    bind([])
+    before = table_hash()
+    implementation("swiglu", "fast")(doubled)
+    assert table_hash() == before
+    bind(["fast"])
+    assert table_hash() != before
+    bind([])
+    assert table_hash() == before
