@@ -6,6 +6,8 @@ import logging
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +95,8 @@ class RunWorker:
         """Run all stages; the number of the signal that stopped the run, or 0."""
         with StopRequest() as stop:
             first = 0 if self._state is None else self._state["stage_index"]
-            for index, stage in enumerate(self._resolved.stages):
-                if index >= first and self._run_stage(index, stage, stop):
+            for index in range(first, len(self._resolved.stages)):
+                if self._run_stage(index, stop):
                     return stop.signal or signal.SIGTERM
         self._export()
         return 0
@@ -107,8 +109,26 @@ class RunWorker:
             metrics.truncate_after(self._resolved.stages[0].name, 0)
         return [metrics, *([TensorBoardWriter(self._run_dir)] if tensorboard else [])]
 
-    def _run_stage(self, index: int, stage: Stage, stop: StopRequest) -> bool:
+    def _run_stage(self, index: int, stop: StopRequest) -> bool:
         """Run one stage; True when the run was asked to stop."""
+        stage = self._resolved.stages[index]
+        with self.open_stage(index) as (worker, context, start):
+            for number in range(start + 1, stage.config.training.steps + 1):
+                worker.run_step(number)
+                context.metrics.max(_STOP, float(stop.signal))  # one worker's signal stops all of them after one step
+                metrics = worker.reduce_metrics()
+                stopping = metrics.pop(_STOP) > 0
+                self._write({"stage": stage.name, "step": number, **metrics})
+                if self._wants_checkpoint(stage, number) or stopping:
+                    self._save(index, context)
+                if stopping:
+                    return True
+        return False
+
+    @contextmanager
+    def open_stage(self, index: int) -> Iterator[tuple[DagWorker, Context, int]]:
+        """A stage with its models and reward processes: what runs its steps, what they use, how many are done."""
+        stage = self._resolved.stages[index]
         config, rank, workers = stage.config, self._collectives.rank, self._collectives.size
         plan = plan_worker(Graph.from_yaml(config.pipeline), config, workers, rank)
         context = self._context(index, stage)
@@ -123,17 +143,7 @@ class RunWorker:
         with context.rewards:
             if any(step.op in ("reward", "evaluate") for step in plan.steps):
                 context.rewards.start()
-            for number in range(start + 1, config.training.steps + 1):
-                worker.run_step(number)
-                context.metrics.max(_STOP, float(stop.signal))  # one worker's signal stops all of them after one step
-                metrics = worker.reduce_metrics()
-                stopping = metrics.pop(_STOP) > 0
-                self._write({"stage": stage.name, "step": number, **metrics})
-                if self._wants_checkpoint(stage, number) or stopping:
-                    self._save(index, context)
-                if stopping:
-                    return True
-        return False
+            yield worker, context, start
 
     def _context(self, index: int, stage: Stage) -> Context:
         config, rank, workers = stage.config, self._collectives.rank, self._collectives.size

@@ -1,0 +1,78 @@
+"""The pytest plugin under which the suites run: the fixtures they use, one line for each that is done, the JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from siirl.bench.key import Key
+from siirl.bench.measure import Measure
+from siirl.bench.table import line_of
+from siirl.device.backend import Backend
+
+
+class Plugin:
+    """One session of benchmarks.
+
+    Args:
+        backend: what they run on.
+        factor: multiplies the number of pairs.
+        echo: shows a line.
+
+    Attributes:
+        error: what a benchmark raised; it ends the session.
+    """
+
+    def __init__(self, backend: Backend, factor: int, echo: Callable[[str], None]) -> None:
+        self._backend, self._factor, self._echo = backend, factor, echo
+        self._suite = ""
+        self.error: BaseException | None = None
+
+    @pytest.fixture(scope="session")
+    def backend(self) -> Backend:
+        return self._backend
+
+    @pytest.fixture
+    def measure(self, benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Measure:
+        benchmark.group = request.path.stem
+        benchmark.name = name_of(request.node)
+        benchmark.extra_info["node"] = request.node.nodeid
+        return Measure(benchmark, self._backend, self._factor, self._show)
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        suite = nodeid.partition(".py::")[0]
+        if suite != self._suite:
+            self._suite = suite
+            self._echo(f"\n{suite}")
+
+    def pytest_exception_interact(self, call: pytest.CallInfo[Any]) -> None:
+        assert call.excinfo is not None
+        self.error = self.error or call.excinfo.value
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped and isinstance(report.longrepr, tuple):
+            self._echo(f"  left out: {report.longrepr[2].removeprefix('Skipped: ')}")
+
+    def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
+        for detail in ("node", "release", "cpu"):  # whose machine it is, and hundreds of flags; the key has the rest
+            del machine_info[detail]
+
+    def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
+        output_json["siirl"] = {"key": Key.of(self._backend, output_json["commit_info"]).to_dict()}
+        for benchmark in output_json["benchmarks"]:
+            benchmark["fullname"] = f"{benchmark['group']}: {benchmark['name']}"
+            del benchmark["stats"]["data"]
+            del benchmark["params"]  # functions and tensors, which JSON cannot hold
+
+    def _show(self, benchmark: BenchmarkFixture) -> None:
+        assert benchmark.stats is not None
+        self._echo(line_of(benchmark.stats.as_dict(include_data=False)))
+
+
+def name_of(node: pytest.Function) -> str:
+    """A benchmark's name: its function's without ``bench_``, and its parameters."""
+    name = node.originalname.removeprefix("bench_")
+    return f"{name} {node.callspec.id}" if hasattr(node, "callspec") else name

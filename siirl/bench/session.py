@@ -1,0 +1,48 @@
+"""A pytest session over suites of benchmarks, in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from siirl.bench.plugin import Plugin
+from siirl.device.backend import Backend
+from siirl.errors import SiirlError
+
+SUITES = Path(__file__).parent / "suites"
+# The session is the suites' own: no configuration, plugin or conftest.py of the directory it is called in has a part.
+OPTIONS = (
+    "-c", os.devnull, f"--rootdir={SUITES}", "--noconftest", "--disable-plugin-autoload", "--capture=no",
+    "-p", "no:terminal", "-p", "no:cacheprovider", "-p", "pytest_benchmark.plugin", "-o", "python_functions=bench_*",
+    "--assert=plain", "--maxfail=1", "--benchmark-quiet", "--benchmark-disable-gc",
+)  # fmt: skip
+
+
+def run(targets: Sequence[str], backend: Backend, echo: Callable[[str], None], factor: int = 1) -> dict[str, Any]:
+    """Measure suites (``kernels.py``) or single benchmarks (``kernels.py::bench_op[…]``).
+
+    Returns:
+        pytest-benchmark's JSON with the run's key under ``siirl``.
+
+    Raises:
+        Exception: whatever a benchmark raised.
+    """
+    os.environ.pop("PYTEST_ADDOPTS", None)
+    plugin = Plugin(backend, factor, echo)
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "run.json"
+        paths = [str(SUITES / target) for target in targets]
+        status = pytest.main([*OPTIONS, f"--benchmark-json={file}", *paths], plugins=[plugin])
+        if plugin.error is not None:
+            raise plugin.error
+        if status == pytest.ExitCode.INTERRUPTED:
+            raise KeyboardInterrupt
+        if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            raise SiirlError(f"pytest could not run the benchmarks: {pytest.ExitCode(status).name}")
+        return json.loads(file.read_text())
