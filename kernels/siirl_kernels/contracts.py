@@ -80,7 +80,8 @@ class Contract:
     def cases(self, level: Level, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> Iterator[Case]:
         """The calls an implementation is judged by; the same numbers on every device, up to the rounding to ``dtype``.
 
-        ``smoke`` is small and quick, ``full`` covers every shape class, ``perf`` are the sizes of real models.
+        ``smoke`` is small and quick, ``full`` covers every shape class, ``perf`` are the
+        sizes of real models, smaller on a host.
         """
         source = Source(dtype, torch.device(device), seed)
         for name, arguments, size in self.generate(level, source):

@@ -13,6 +13,8 @@ from siirl.bench.measure import Measure
 from siirl.bench.table import line_of
 from siirl.device.backend import Backend
 
+BACKEND = pytest.StashKey[Backend]()
+
 
 class Plugin:
     """One session of benchmarks.
@@ -21,15 +23,24 @@ class Plugin:
         backend: what they run on.
         factor: multiplies the number of pairs.
         echo: shows a line.
+        wanted: chooses benchmarks by their names.
 
     Attributes:
         error: what a benchmark raised; it ends the session.
     """
 
-    def __init__(self, backend: Backend, factor: int, echo: Callable[[str], None]) -> None:
-        self._backend, self._factor, self._echo = backend, factor, echo
+    def __init__(
+        self, backend: Backend, factor: int, echo: Callable[[str], None], wanted: Callable[[str], bool]
+    ) -> None:
+        self._backend, self._factor, self._echo, self._wanted = backend, factor, echo, wanted
         self._suite = ""
         self.error: BaseException | None = None
+
+    def pytest_configure(self, config: pytest.Config) -> None:
+        config.stash[BACKEND] = self._backend
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Function]) -> None:
+        items[:] = [item for item in items if self._wanted(name_of(item))]
 
     @pytest.fixture(scope="session")
     def backend(self) -> Backend:

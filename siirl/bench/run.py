@@ -1,9 +1,80 @@
-"""A run of ``siirl bench``."""
+"""A run of ``siirl bench``: measure, compare, measure what looks slower once more, tell."""
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from siirl.bench import records, session
+from siirl.bench.compare import Comparison, compare
+from siirl.bench.key import Key
+from siirl.bench.table import HEADER
 from siirl.device.backend import Backend
+from siirl.errors import ValidationError
 from siirl_kernels import bind
+
+# A benchmark that looks slower is measured again with so many times the pairs; only that counts.
+RETRY_FACTOR = 3
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to run.
+
+    Attributes:
+        suites: their names.
+        only: of their benchmarks those whose name contains one of these texts; empty: all.
+        json: file, or directory, to write to.
+        compare: record, or directory of records, to compare with.
+        tolerance: by which share a ratio or a time may grow.
+    """
+
+    suites: Sequence[str]
+    only: Sequence[str] = ()
+    json: Path | None = None
+    compare: Path | None = None
+    tolerance: float = 0.10
+
+    def wants(self, benchmark: Mapping[str, Any]) -> bool:
+        """Whether the benchmark is one of those asked for."""
+        return benchmark["group"] in self.suites and self.wants_name(benchmark["name"])
+
+    def wants_name(self, name: str) -> bool:
+        return not self.only or any(text in name for text in self.only)
+
+
+def run(request: Request, backend: Backend, echo: Callable[[str], None]) -> None:
+    """Carry out a request on a loaded back end.
+
+    Raises:
+        RequestError: the record to compare with cannot be read.
+        ValidationError: something is worse than in the record.
+    """
+    given = request.compare
+    record = records.read(given) if given is not None and not given.is_dir() else None
+    make_ready(backend)
+    echo(HEADER)
+    document = session.run([f"{suite}.py" for suite in request.suites], backend, echo, request.wants_name)
+    echo("")
+    if given is not None and given.is_dir():
+        found = records.nearest(given, Key(**document["siirl"]["key"]))
+        if found is None:
+            echo(f"{given} has no record of {backend.name} with this version of PyTorch: nothing is compared")
+        else:
+            given, record = found, records.read(found)
+    comparison = None
+    if record is not None:
+        comparison = compare(document, record, request.tolerance, request.wants)
+        if comparison.times:
+            _measure_again(document, list(comparison.times), backend, echo)
+            comparison = compare(document, record, request.tolerance, request.wants)
+    if request.json is not None:
+        echo(f"written: {records.write(document, request.json)}")
+    if comparison is not None and given is not None:
+        _tell(comparison, given, request.tolerance, echo)
 
 
 def make_ready(backend: Backend, local_rank: int = 0) -> Backend:
@@ -13,3 +84,38 @@ def make_ready(backend: Backend, local_rank: int = 0) -> Backend:
     backend.seed(0)
     bind(backend.kernel_order())
     return backend
+
+
+def _measure_again(
+    document: dict[str, Any], names: Sequence[str], backend: Backend, echo: Callable[[str], None]
+) -> None:
+    """Replace these benchmarks of the document by new measurements with more pairs."""
+    echo(f"{len(names)} of the times look slower, and are measured again with {RETRY_FACTOR} times the pairs:")
+    nodes = [b["extra_info"]["node"] for b in document["benchmarks"] if b["fullname"] in names]
+    again = session.run(nodes, backend, echo, factor=RETRY_FACTOR)
+    echo("")
+    new = {benchmark["fullname"]: benchmark for benchmark in again["benchmarks"]}
+    document["benchmarks"] = [new.get(b["fullname"], b) for b in document["benchmarks"]]
+
+
+def _tell(comparison: Comparison, record: Path, tolerance: float, echo: Callable[[str], None]) -> None:
+    def say(text: str) -> None:
+        echo(textwrap.fill(text, 80, subsequent_indent="  ", break_on_hyphens=False))
+
+    for note in comparison.notes:
+        say(f"{record.name}: {note}")
+    if comparison.new:
+        say(f"new, compared with nothing: {', '.join(comparison.new)}")
+    if comparison.unjudged:
+        say(
+            f"{comparison.unjudged} references ran at another speed than in the record: the machine changed, so of "
+            "these benchmarks ratios were compared, and no times"
+        )
+    regressions = comparison.regressions
+    for sentence in regressions:
+        say(f"REGRESSION {sentence}")
+    if regressions:
+        many = "1 regression" if len(regressions) == 1 else f"{len(regressions)} regressions"
+        raise ValidationError(f"{many} against {record}: {regressions[0]}")
+    if comparison.compared:
+        say(f"{comparison.compared} benchmarks compared with {record}: counters equal, times within {tolerance:.0%}")

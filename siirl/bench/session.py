@@ -13,7 +13,7 @@ import pytest
 
 from siirl.bench.plugin import Plugin
 from siirl.device.backend import Backend
-from siirl.errors import SiirlError
+from siirl.errors import RequestError, SiirlError
 
 SUITES = Path(__file__).parent / "suites"
 # The session is the suites' own: no configuration, plugin or conftest.py of the directory it is called in has a part.
@@ -24,8 +24,21 @@ OPTIONS = (
 )  # fmt: skip
 
 
-def run(targets: Sequence[str], backend: Backend, echo: Callable[[str], None], factor: int = 1) -> dict[str, Any]:
+def run(
+    targets: Sequence[str],
+    backend: Backend,
+    echo: Callable[[str], None],
+    wanted: Callable[[str], bool] = lambda name: True,
+    factor: int = 1,
+) -> dict[str, Any]:
     """Measure suites (``kernels.py``) or single benchmarks (``kernels.py::bench_op[…]``).
+
+    Args:
+        targets: paths within the folder of suites.
+        backend: loaded and bound.
+        echo: shows a line.
+        wanted: chooses benchmarks by their names.
+        factor: multiplies the number of pairs.
 
     Returns:
         pytest-benchmark's JSON with the run's key under ``siirl``.
@@ -34,7 +47,7 @@ def run(targets: Sequence[str], backend: Backend, echo: Callable[[str], None], f
         Exception: whatever a benchmark raised.
     """
     os.environ.pop("PYTEST_ADDOPTS", None)
-    plugin = Plugin(backend, factor, echo)
+    plugin = Plugin(backend, factor, echo, wanted)
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "run.json"
         paths = [str(SUITES / target) for target in targets]
@@ -43,6 +56,8 @@ def run(targets: Sequence[str], backend: Backend, echo: Callable[[str], None], f
             raise plugin.error
         if status == pytest.ExitCode.INTERRUPTED:
             raise KeyboardInterrupt
-        if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        if status == pytest.ExitCode.NO_TESTS_COLLECTED or (status == pytest.ExitCode.OK and not file.is_file()):
+            raise RequestError("none of the benchmarks was wanted, or none can run on this device")
+        if status != pytest.ExitCode.OK:
             raise SiirlError(f"pytest could not run the benchmarks: {pytest.ExitCode(status).name}")
         return json.loads(file.read_text())

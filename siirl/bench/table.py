@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-NAME = 36
+NAME = 39
+HEADER = f"  {'':<{NAME}} {'time':>8} {'rate':>14} {'ratio':>6} {'ops':>6}"
 
 
 def line_of(benchmark: Mapping[str, Any]) -> str:
-    """A benchmark's line: its fastest time and rate, that time as a share of the reference's, its operators' calls."""
-    info = benchmark["extra_info"]
+    """A benchmark's line: its fastest time and rate, that time as a share of the reference's, its operators' calls.
+
+    A name that is too long has a line of its own.
+    """
+    info, name = benchmark["extra_info"], benchmark["name"]
     seconds = per_call(benchmark)
+    if len(name) > NAME:
+        name = f"{name}\n  {'':<{NAME}}"
     rate = _rate(info["amount"] / seconds, info["unit"])
     calls = info["counters"]["op_calls"]
-    return f"  {benchmark['name']:<{NAME}} {_time(seconds):>8} {rate:>16} {info['ratio']:>5.2f}x {calls:>7}"
-
-
-HEADER = f"  {'':<{NAME}} {'time':>8} {'rate':>16} {'ratio':>6} {'ops':>7}"
+    return f"  {name:<{NAME}} {time_text(seconds):>8} {rate:>14} {info['ratio']:>5.2f}x {calls:>6}"
 
 
 def per_call(benchmark: Mapping[str, Any], statistic: str = "min") -> float:
@@ -25,7 +28,8 @@ def per_call(benchmark: Mapping[str, Any], statistic: str = "min") -> float:
     return benchmark["stats"][statistic] / benchmark["extra_info"]["calls_per_round"]
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
+    """``1.32 ms``."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"

@@ -9,14 +9,11 @@ import socket
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from siirl.device.backend import Backend
 from siirl.device.selection import launch_environment
 from siirl.errors import SiirlError
-
-if TYPE_CHECKING:
-    from siirl.device.collectives import Collectives
 
 SECONDS = 120  # the longest that a call may take
 
@@ -30,9 +27,7 @@ class World:
         SiirlError: a worker raised, or did not answer in time; names it.
     """
 
-    def __init__(
-        self, backend: Backend, size: int, factory: Callable[[Backend, Collectives], Any], *arguments: Any
-    ) -> None:
+    def __init__(self, backend: Backend, size: int, factory: Callable[..., Any], *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
         pairs = [context.Pipe() for _ in range(size)]
         self._pipes = [ours for ours, _ in pairs]
@@ -46,7 +41,11 @@ class World:
                 theirs.close()
 
     def __enter__(self) -> World:
-        self._answers()
+        try:
+            self._answers()
+        except SiirlError:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:

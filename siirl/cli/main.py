@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import click
 
 from siirl import __version__
+from siirl.cli.bench import bench
 from siirl.cli.doctor import doctor
 from siirl.cli.generate import generate
 from siirl.cli.plan import plan
@@ -58,7 +59,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _verb in (train, plan, generate, report, doctor):
+for _verb in (train, plan, generate, bench, report, doctor):
     cli.add_command(_verb)
 
 

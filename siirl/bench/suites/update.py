@@ -15,6 +15,7 @@ from siirl.config.schema import Config
 from siirl.data.batch import Batch
 from siirl.device.backend import Backend
 from siirl.device.collectives import Collectives
+from siirl.model.decoder import Decoder
 from siirl.telemetry.accumulator import StepMetrics
 from siirl.training.fsdp import TrainingEngine
 from siirl.training.losses import policy_update
@@ -62,5 +63,6 @@ def bench_log_probs(measure: Measure, backend: Backend) -> None:
 
 
 def _plain(backend: Backend, engine: TrainingEngine, batch: Batch) -> tuple[PlainTrainer, torch.Tensor, torch.Tensor]:
+    assert isinstance(engine.model, Decoder)
     tokens, lengths = (x.to(backend.device()) for x in setting.padded(batch, PROMPT))
     return PlainTrainer(PlainDecoder(engine.model), 1e-8, Collectives.single()), tokens, lengths

@@ -1,0 +1,71 @@
+"""The ops' formulas in plain PyTorch, step by step: what the provider ``torch`` is measured against.
+
+They are written apart from the references, and slower, so that a reference that becomes slower shows. Arguments, shapes
+and results are those of `siirl_kernels.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from siirl_kernels.packing import PackedSequences
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def rope(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """Each half turned by itself."""
+    half = x_TND.shape[-1] // 2
+    first, second = x_TND[..., :half], x_TND[..., half:]
+    cos, sin = cos_TD[:, None, :half], sin_TD[:, None, :half]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gate · sigmoid(gate) · up."""
+    return gate * torch.sigmoid(gate) * up
+
+
+def packed_attention(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, sequences: PackedSequences) -> Tensor:
+    """One call for each sequence, whose shared tokens are taken from its parent's."""
+    starts, out = sequences.starts.tolist(), []
+    for row, length in enumerate(sequences.lengths):
+        own = slice(starts[row], starts[row] + length)
+        shared = slice(0, 0)
+        if sequences.prefixes and sequences.prefixes[row]:
+            first = starts[sequences.parents[row]]
+            shared = slice(first, first + sequences.prefixes[row])
+        k, v = (torch.cat((x[shared], x[own])).transpose(0, 1) for x in (k_TKD, v_TKD))
+        mask = torch.ones(length, k.shape[1], dtype=torch.bool, device=k.device).tril(k.shape[1] - length)
+        q = q_TND[own].transpose(0, 1)
+        out.append(F.scaled_dot_product_attention(q[None], k[None], v[None], mask, enable_gqa=True)[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+def linear_log_prob(
+    hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """All logits at once."""
+    log_p = ((hidden_TH @ weight_VH.t()).float() / temperature).log_softmax(-1)
+    return log_p.gather(1, target_T[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
+
+
+def decode_attention(q_BND: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, keep_BL: Tensor) -> Tensor:
+    """PyTorch's attention with a mask."""
+    return F.scaled_dot_product_attention(
+        q_BND[:, :, None], k_BKLD, v_BKLD, keep_BL[:, None, None], enable_gqa=True
+    ).squeeze(2)
+
+
+PLAIN: dict[str, Callable[..., Any]] = {
+    f.__name__: f for f in (rms_norm, rope, swiglu, packed_attention, linear_log_prob, decode_attention)
+}
