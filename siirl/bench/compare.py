@@ -90,8 +90,13 @@ def _changes(now: Mapping[str, int], before: Mapping[str, int]) -> list[str]:
 
 
 def _times(found: Comparison, name: str, now: Benchmark, before: Benchmark, tolerance: float) -> None:
+    """Judge the ratio; where the reference shows that the machine is as fast as it was, the time as well.
+
+    The ratio has grown if the least that a third of the pairs shows is above the most that a third showed before.
+    """
     ratio, ratio_before = now["extra_info"]["ratio"], before["extra_info"]["ratio"]
-    if ratio > ratio_before * (1 + tolerance):
+    growth = now["extra_info"]["ratio_low"] / before["extra_info"]["ratio_high"]
+    if growth > 1 + tolerance:
         share = f"{ratio:.2f}x of the reference's time, {ratio_before:.2f}x before"
         found.times[name] = f"{name} takes {share}: {_percent(ratio, ratio_before)}"
         return
@@ -100,7 +105,7 @@ def _times(found: Comparison, name: str, now: Benchmark, before: Benchmark, tole
         found.unjudged += 1
         return
     fastest, fastest_before = per_call(now), per_call(before)
-    if all(per_call(now, s) > per_call(before, s) * (1 + tolerance) for s in ("min", "median")):
+    if growth > 1 and all(per_call(now, s) > per_call(before, s) * (1 + tolerance) for s in ("min", "median")):
         change = f"{time_text(fastest)}, {time_text(fastest_before)} before: {_percent(fastest, fastest_before)}"
         found.times[name] = f"{name} takes {change}, while its reference takes {machine:.2f}x of its time"
 

@@ -11,7 +11,7 @@ from typing import Any
 from siirl.device.backend import Backend
 
 # The commit names a record; comparing two commits is what records are for.
-COUNTERS_NEED = ("backend", "torch")
+COUNTERS_NEED = ("backend", "torch_release")
 TIMES_NEED = ("backend", "torch", "device", "driver", "python")
 
 
@@ -45,12 +45,17 @@ class Key:
         return asdict(self)
 
     @property
+    def torch_release(self) -> str:
+        """PyTorch's version without the build: builds for different drivers have the same operators."""
+        return self.torch.partition("+")[0]
+
+    @property
     def file_name(self) -> str:
         """The record's name: ``cpu_intel-xeon_torch-2.13.0-cpu_1a2b3c4d5e6f.json``."""
         parts = (self.backend, self.device, f"torch-{self.torch}", self.commit)
         return "_".join(re.sub(r"[^a-z0-9.]+", "-", part.lower()).strip("-") for part in parts) + ".json"
 
     def differences(self, other: Key, parts: tuple[str, ...]) -> list[str]:
-        """``torch is 2.13.0 here and 2.12.0 there`` for each of the parts that is not equal."""
-        mine, theirs = self.to_dict(), other.to_dict()
-        return [f"{p} is {mine[p]} here and {theirs[p]} there" for p in parts if mine[p] != theirs[p]]
+        """``torch release is 2.13.0 here and 2.12.0 there`` for each of the parts that is not equal."""
+        pairs = [(part.replace("_", " "), getattr(self, part), getattr(other, part)) for part in parts]
+        return [f"{part} is {mine} here and {theirs} there" for part, mine, theirs in pairs if mine != theirs]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -23,6 +23,18 @@ Work = Callable[[], Any]
 PAIRS = 60
 # A round is made of as many calls as take this long: far above the clock's resolution, short enough to run undisturbed.
 ROUND_SECONDS = 1e-3
+PARTS = 3
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Rounds of each side: as many as the benchmark asks for, or ``pairs`` where given, times ``factor``."""
+
+    pairs: int | None = None
+    factor: int = 1
+
+    def rounds(self, asked: int) -> int:
+        return (self.pairs or asked) * self.factor
 
 
 @dataclass(frozen=True)
@@ -39,14 +51,14 @@ class Measure:
     Args:
         benchmark: times the candidate's rounds and keeps their statistics.
         backend: the device is waited for at the end of each round.
-        factor: multiplies the number of pairs.
+        effort: how many rounds.
         done: called with the benchmark when it has been measured.
     """
 
     def __init__(
-        self, benchmark: BenchmarkFixture, backend: Backend, factor: int, done: Callable[[BenchmarkFixture], None]
+        self, benchmark: BenchmarkFixture, backend: Backend, effort: Effort, done: Callable[[BenchmarkFixture], None]
     ) -> None:
-        self._benchmark, self._backend, self._factor, self._done = benchmark, backend, factor, done
+        self._benchmark, self._backend, self._effort, self._done = benchmark, backend, effort, done
 
     def __call__(
         self,
@@ -73,16 +85,18 @@ class Measure:
         calls = self._calls(candidate)
         other = _Other(self._round(reference, calls))
         self._benchmark.pedantic(
-            self._round(candidate, calls), setup=other.before, teardown=other.after, rounds=pairs * self._factor
+            self._round(candidate, calls), setup=other.before, teardown=other.after, rounds=self._effort.rounds(pairs)
         )
         assert self._benchmark.stats is not None
-        fastest = self._benchmark.stats.stats.min
+        parts = _ratios(self._benchmark.stats.stats.data, other.seconds)
         self._benchmark.extra_info |= {
             "calls_per_round": calls,
             "amount": rate.amount,
             "unit": rate.unit,
             "reference": {"what": against, "min": min(other.seconds), "rounds": len(other.seconds)},
-            "ratio": fastest / min(other.seconds),
+            "ratio": self._benchmark.stats.stats.min / min(other.seconds),
+            "ratio_low": min(parts),
+            "ratio_high": max(parts),
             "counters": found.counters,
             "ops": found.ops,
         }
@@ -117,6 +131,12 @@ class _Other:
     def after(self) -> None:
         if self._turn % 2 == 0:
             self.seconds.append(_seconds(self._work))
+
+
+def _ratios(candidate: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """The ratio of minima of every third pair, three times: how far they differ is how far the ratio can be trusted."""
+    parts = min(PARTS, len(candidate))
+    return [min(candidate[i::parts]) / min(reference[i::parts]) for i in range(parts)]
 
 
 def _seconds(work: Work) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from siirl.bench.key import Key
-from siirl.bench.measure import Measure
+from siirl.bench.measure import Effort, Measure
 from siirl.bench.table import line_of
 from siirl.device.backend import Backend
 
@@ -21,7 +22,7 @@ class Plugin:
 
     Args:
         backend: what they run on.
-        factor: multiplies the number of pairs.
+        effort: how many rounds.
         echo: shows a line.
         wanted: chooses benchmarks by their names.
 
@@ -30,9 +31,9 @@ class Plugin:
     """
 
     def __init__(
-        self, backend: Backend, factor: int, echo: Callable[[str], None], wanted: Callable[[str], bool]
+        self, backend: Backend, effort: Effort, echo: Callable[[str], None], wanted: Callable[[str], bool]
     ) -> None:
-        self._backend, self._factor, self._echo, self._wanted = backend, factor, echo, wanted
+        self._backend, self._effort, self._echo, self._wanted = backend, effort, echo, wanted
         self._suite = ""
         self.error: BaseException | None = None
 
@@ -51,7 +52,7 @@ class Plugin:
         benchmark.group = request.path.stem
         benchmark.name = name_of(request.node)
         benchmark.extra_info["node"] = request.node.nodeid
-        return Measure(benchmark, self._backend, self._factor, self._show)
+        return Measure(benchmark, self._backend, self._effort, self._show)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         suite = nodeid.partition(".py::")[0]
@@ -67,9 +68,9 @@ class Plugin:
         if report.skipped and isinstance(report.longrepr, tuple):
             self._echo(f"  left out: {report.longrepr[2].removeprefix('Skipped: ')}")
 
-    def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
-        for detail in ("node", "release", "cpu"):  # whose machine it is, and hundreds of flags; the key has the rest
-            del machine_info[detail]
+    def pytest_benchmark_generate_machine_info(self) -> dict[str, str]:
+        """What the key leaves out, and no host name; pytest-benchmark's own takes a second to list a CPU's flags."""
+        return {"system": platform.system(), "machine": platform.machine(), "python_version": platform.python_version()}
 
     def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
         output_json["siirl"] = {"key": Key.of(self._backend, output_json["commit_info"]).to_dict()}
@@ -85,5 +86,5 @@ class Plugin:
 
 def name_of(node: pytest.Function) -> str:
     """A benchmark's name: its function's without ``bench_``, and its parameters."""
-    name = node.originalname.removeprefix("bench_")
+    name = node.originalname.removeprefix("bench_").replace("_", " ")
     return f"{name} {node.callspec.id}" if hasattr(node, "callspec") else name

@@ -11,6 +11,7 @@ from typing import Any
 from siirl.bench import records, session
 from siirl.bench.compare import Comparison, compare
 from siirl.bench.key import Key
+from siirl.bench.measure import Effort
 from siirl.bench.table import HEADER
 from siirl.device.backend import Backend
 from siirl.errors import ValidationError
@@ -30,6 +31,7 @@ class Request:
         json: file, or directory, to write to.
         compare: record, or directory of records, to compare with.
         tolerance: by which share a ratio or a time may grow.
+        pairs: rounds of each side; None: as each benchmark asks.
     """
 
     suites: Sequence[str]
@@ -37,6 +39,7 @@ class Request:
     json: Path | None = None
     compare: Path | None = None
     tolerance: float = 0.10
+    pairs: int | None = None
 
     def wants(self, benchmark: Mapping[str, Any]) -> bool:
         """Whether the benchmark is one of those asked for."""
@@ -57,7 +60,8 @@ def run(request: Request, backend: Backend, echo: Callable[[str], None]) -> None
     record = records.read(given) if given is not None and not given.is_dir() else None
     make_ready(backend)
     echo(HEADER)
-    document = session.run([f"{suite}.py" for suite in request.suites], backend, echo, request.wants_name)
+    effort = Effort(request.pairs)
+    document = session.run([f"{suite}.py" for suite in request.suites], backend, echo, effort, request.wants_name)
     echo("")
     if given is not None and given.is_dir():
         found = records.nearest(given, Key(**document["siirl"]["key"]))
@@ -69,7 +73,7 @@ def run(request: Request, backend: Backend, echo: Callable[[str], None]) -> None
     if record is not None:
         comparison = compare(document, record, request.tolerance, request.wants)
         if comparison.times:
-            _measure_again(document, list(comparison.times), backend, echo)
+            _measure_again(document, list(comparison.times), backend, echo, Effort(request.pairs, RETRY_FACTOR))
             comparison = compare(document, record, request.tolerance, request.wants)
     if request.json is not None:
         echo(f"written: {records.write(document, request.json)}")
@@ -87,12 +91,12 @@ def make_ready(backend: Backend, local_rank: int = 0) -> Backend:
 
 
 def _measure_again(
-    document: dict[str, Any], names: Sequence[str], backend: Backend, echo: Callable[[str], None]
+    document: dict[str, Any], names: Sequence[str], backend: Backend, echo: Callable[[str], None], effort: Effort
 ) -> None:
     """Replace these benchmarks of the document by new measurements with more pairs."""
-    echo(f"{len(names)} of the times look slower, and are measured again with {RETRY_FACTOR} times the pairs:")
+    echo(f"{len(names)} of the times look slower, and are measured again with {effort.factor} times the pairs:")
     nodes = [b["extra_info"]["node"] for b in document["benchmarks"] if b["fullname"] in names]
-    again = session.run(nodes, backend, echo, factor=RETRY_FACTOR)
+    again = session.run(nodes, backend, echo, effort)
     echo("")
     new = {benchmark["fullname"]: benchmark for benchmark in again["benchmarks"]}
     document["benchmarks"] = [new.get(b["fullname"], b) for b in document["benchmarks"]]

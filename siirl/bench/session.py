@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from siirl.bench.measure import Effort
 from siirl.bench.plugin import Plugin
 from siirl.device.backend import Backend
 from siirl.errors import RequestError, SiirlError
@@ -20,7 +21,8 @@ SUITES = Path(__file__).parent / "suites"
 OPTIONS = (
     "-c", os.devnull, f"--rootdir={SUITES}", "--noconftest", "--disable-plugin-autoload", "--capture=no",
     "-p", "no:terminal", "-p", "no:cacheprovider", "-p", "pytest_benchmark.plugin", "-o", "python_functions=bench_*",
-    "--assert=plain", "--maxfail=1", "--benchmark-quiet", "--benchmark-disable-gc",
+    "--assert=plain", "-W", "ignore::pytest.PytestWarning", "--maxfail=1",
+    "--benchmark-quiet", "--benchmark-disable-gc",
 )  # fmt: skip
 
 
@@ -28,8 +30,8 @@ def run(
     targets: Sequence[str],
     backend: Backend,
     echo: Callable[[str], None],
+    effort: Effort,
     wanted: Callable[[str], bool] = lambda name: True,
-    factor: int = 1,
 ) -> dict[str, Any]:
     """Measure suites (``kernels.py``) or single benchmarks (``kernels.py::bench_op[…]``).
 
@@ -37,8 +39,8 @@ def run(
         targets: paths within the folder of suites.
         backend: loaded and bound.
         echo: shows a line.
+        effort: how many rounds.
         wanted: chooses benchmarks by their names.
-        factor: multiplies the number of pairs.
 
     Returns:
         pytest-benchmark's JSON with the run's key under ``siirl``.
@@ -47,7 +49,7 @@ def run(
         Exception: whatever a benchmark raised.
     """
     os.environ.pop("PYTEST_ADDOPTS", None)
-    plugin = Plugin(backend, factor, echo, wanted)
+    plugin = Plugin(backend, effort, echo, wanted)
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "run.json"
         paths = [str(SUITES / target) for target in targets]

@@ -35,6 +35,7 @@ compared as ratios to the reference, and as such where the device, the driver an
     show_default=True,
     help="By how much a ratio or a time may grow.",
 )
+@click.option("--pairs", metavar="N", type=click.IntRange(min=1), help="Rounds of each side; default: 20 to 60.")
 @click.option("--only", metavar="TEXT", multiple=True, help="Leave out benchmarks without TEXT in their names.")
 def bench(
     suites: tuple[str, ...],
@@ -42,6 +43,7 @@ def bench(
     json_path: Path | None,
     compare: Path | None,
     tolerance: float,
+    pairs: int | None,
     only: tuple[str, ...],
 ) -> None:
     from siirl.device import resolve, select
@@ -60,4 +62,4 @@ def bench(
     from siirl.bench.run import Request, run
 
     chosen = [name for name in SUITES if not suites or name in suites]
-    run(Request(chosen, only, json_path, compare, tolerance), backend, click.echo)
+    run(Request(chosen, only, json_path, compare, tolerance, pairs), backend, click.echo)

@@ -14,7 +14,7 @@ from siirl_kernels import kernels
 CALLS = 100
 
 
-def bench_swiglu(measure: Measure, backend: Backend) -> None:
+def bench_call_swiglu(measure: Measure, backend: Backend) -> None:
     x, direct = torch.ones(1, 8, device=backend.device()), kernels.swiglu
 
     def bound() -> None:
@@ -28,7 +28,7 @@ def bench_swiglu(measure: Measure, backend: Backend) -> None:
     measure(bound, directly, Rate(CALLS, "calls"), against="the function itself")
 
 
-def bench_rms_norm(measure: Measure, backend: Backend) -> None:
+def bench_call_rms_norm(measure: Measure, backend: Backend) -> None:
     x, weight = torch.ones(1, 8, device=backend.device()), torch.ones(8, device=backend.device())
     direct = kernels.rms_norm
 
