@@ -48,7 +48,8 @@ def run(
     Raises:
         Exception: whatever a benchmark raised.
     """
-    os.environ.pop("PYTEST_ADDOPTS", None)
+    for setting in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER"):  # of a session that this one may have been started from
+        os.environ.pop(setting, None)
     plugin = Plugin(backend, effort, echo, wanted)
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "run.json"
