@@ -21,9 +21,10 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff format --check $(wildcard $(SOURCES))
 	$(BIN)/mypy
 
-# TRL_PYTHON is the Python of an environment with TRL: `python benchmarks/vs_trl.py --help`.
+# With TRL_PYTHON, the Python of an environment that has TRL (benchmarks/README.md), siirl against TRL as well.
 bench: .venv/.installed-dev
-	$(BIN)/python benchmarks/vs_trl.py $(if $(TRL_PYTHON),--trl-python $(TRL_PYTHON))
+	$(BIN)/siirl bench --compare benchmarks/results
+	$(if $(TRL_PYTHON),$(BIN)/python benchmarks/vs_trl.py --trl-python $(TRL_PYTHON))
 
 clean:
 	rm -rf .venv

@@ -12,7 +12,7 @@ import pytest
 
 import siirl as package
 
-VERBS = ["train", "plan", "generate", "report", "doctor"]
+VERBS = ["train", "plan", "generate", "bench", "report", "doctor"]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([verb, "--help"] for verb in VERBS)])
@@ -24,7 +24,7 @@ def test_help_answers_in_under_a_second(siirl, arguments: list[str]) -> None:
 
 def test_help_lists_the_verbs_and_the_exit_status(siirl) -> None:
     shown = siirl("--help").stdout
-    assert [line.split()[0] for line in shown.split("Commands:")[1].splitlines() if line.strip()][:5] == VERBS
+    assert [line.split()[0] for line in shown.split("Commands:")[1].splitlines() if line.strip()][: len(VERBS)] == VERBS
     assert "3    the device is not usable here" in shown
     assert siirl().stdout == shown
 
@@ -37,7 +37,16 @@ def test_the_installed_script_knows_its_version() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["siirl", "siirl.cli.main", "siirl.config", "siirl.dag", "siirl.device", "siirl.errors", "siirl.rewards"],
+    [
+        "siirl",
+        "siirl.bench",
+        "siirl.cli.main",
+        "siirl.config",
+        "siirl.dag",
+        "siirl.device",
+        "siirl.errors",
+        "siirl.rewards",
+    ],
 )
 def test_importing_what_answers_quickly_imports_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
