@@ -29,6 +29,11 @@ from torch.utils._pytree import tree_leaves
 from siirl.device.backend import Backend
 
 COLLECTIVES = ("c10d", "_c10d_functional")
+# Counter; PyTorch's statistic after the work; the one before it that is taken away.
+DEVICE_COUNTERS = (
+    ("device_allocations", "allocation.all.allocated", "allocation.all.allocated"),
+    ("device_peak_bytes", "allocated_bytes.all.peak", "allocated_bytes.all.current"),
+)
 
 
 @dataclass(frozen=True)
@@ -60,11 +65,10 @@ def count(work: Callable[[], Any], backend: Backend) -> Counted:
         gc.enable()
     backend.synchronize()
     counters = counting.counters()
-    if not unified:
-        after = torch.accelerator.memory_stats()
-        made = "allocation.all.allocated"
-        counters["device_allocations"] = after[made] - before[made]
-        counters["device_peak_bytes"] = after["allocated_bytes.all.peak"] - before["allocated_bytes.all.current"]
+    after = {} if unified else torch.accelerator.memory_stats()
+    for name, end, start in DEVICE_COUNTERS:
+        if end in after:
+            counters[name] = after[end] - before.get(start, 0)
     return Counted(counters, dict(sorted(counting.ops.items())))
 
 

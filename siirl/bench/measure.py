@@ -1,4 +1,4 @@
-"""The measurement: candidate and reference in turns, minute by minute under the same load.
+"""The measurement: candidate and reference in turns, so that both meet the same load.
 
 On a shared machine the time of one piece of work varies by factors, and so does the ratio of medians. The ratio of
 minima over pairs that alternate stays within a few per cent.

@@ -56,29 +56,18 @@ def run(request: Request, backend: Backend, echo: Callable[[str], None]) -> None
         RequestError: the record to compare with cannot be read.
         ValidationError: something is worse than in the record.
     """
-    given = request.compare
-    record = records.read(given) if given is not None and not given.is_dir() else None
+    record = _record(request.compare)
     make_ready(backend)
     echo(HEADER)
     effort = Effort(request.pairs)
     document = session.run([f"{suite}.py" for suite in request.suites], backend, echo, effort, request.wants_name)
     echo("")
-    if given is not None and given.is_dir():
-        found = records.nearest(given, Key(**document["siirl"]["key"]))
-        if found is None:
-            echo(f"{given} has no record of {backend.name} with this version of PyTorch: nothing is compared")
-        else:
-            given, record = found, records.read(found)
-    comparison = None
-    if record is not None:
-        comparison = compare(document, record, request.tolerance, request.wants)
-        if comparison.times:
-            _measure_again(document, list(comparison.times), backend, echo, Effort(request.pairs, RETRY_FACTOR))
-            comparison = compare(document, record, request.tolerance, request.wants)
+    record = record or _record_like(document, request.compare, echo)
+    comparison = record and _compare(document, record, request, backend, echo)
     if request.json is not None:
         echo(f"written: {records.write(document, request.json)}")
-    if comparison is not None and given is not None:
-        _tell(comparison, given, request.tolerance, echo)
+    if comparison and record:
+        _tell(comparison, record.path, request.tolerance, echo)
 
 
 def make_ready(backend: Backend, local_rank: int = 0) -> Backend:
@@ -90,8 +79,41 @@ def make_ready(backend: Backend, local_rank: int = 0) -> Backend:
     return backend
 
 
+@dataclass(frozen=True)
+class _Record:
+    path: Path
+    document: records.Document
+
+
+def _record(given: Path | None) -> _Record | None:
+    """The record named, before anything is measured."""
+    return None if given is None or given.is_dir() else _Record(given, records.read(given))
+
+
+def _record_like(document: records.Document, given: Path | None, echo: Callable[[str], None]) -> _Record | None:
+    """The record of a directory that the run can be compared with."""
+    if given is None:
+        return None
+    key = Key(**document["siirl"]["key"])
+    if (path := records.nearest(given, key)) is None:
+        echo(f"{given} has no record of {key.backend} with PyTorch {key.torch_release}: nothing is compared")
+        return None
+    return _Record(path, records.read(path))
+
+
+def _compare(
+    document: records.Document, record: _Record, request: Request, backend: Backend, echo: Callable[[str], None]
+) -> Comparison:
+    """Compare with the record; what looks slower is measured again, and replaced in the document, first."""
+    comparison = compare(document, record.document, request.tolerance, request.wants)
+    if not comparison.times:
+        return comparison
+    _measure_again(document, list(comparison.times), backend, echo, Effort(request.pairs, RETRY_FACTOR))
+    return compare(document, record.document, request.tolerance, request.wants)
+
+
 def _measure_again(
-    document: dict[str, Any], names: Sequence[str], backend: Backend, echo: Callable[[str], None], effort: Effort
+    document: records.Document, names: Sequence[str], backend: Backend, echo: Callable[[str], None], effort: Effort
 ) -> None:
     """Replace these benchmarks of the document by new measurements with more pairs."""
     echo(f"{len(names)} of the times look slower, and are measured again with {effort.factor} times the pairs:")

@@ -54,7 +54,8 @@ def run(
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "run.json"
         paths = [str(SUITES / target) for target in targets]
-        status = pytest.main([*OPTIONS, f"--benchmark-json={file}", *paths], plugins=[plugin])
+        storage = [f"--benchmark-json={file}", f"--benchmark-storage=file://{directory}"]
+        status = pytest.main([*OPTIONS, *storage, *paths], plugins=[plugin])
         if plugin.error is not None:
             raise plugin.error
         if status == pytest.ExitCode.INTERRUPTED:

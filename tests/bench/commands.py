@@ -13,8 +13,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import pytest
-
 
 @dataclass(frozen=True)
 class Finished:
@@ -85,13 +83,6 @@ def with_a_copy(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*arguments, **keywords).clone()
 
     return call
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory):
-    commands = Commands(tmp_path_factory.mktemp("bench"))
-    yield commands
-    commands.close()
 
 
 def _serve(pipe: Any, directory: Path) -> None:

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.commands import Commands, as_it_is, bench, slower, with_a_copy
-
-__all__ = ["bench"]
+from tests.bench.commands import Commands, as_it_is, slower, with_a_copy
 
 SMALL = ("kernels", "dispatch", "--only=call", "--only=fwd swiglu", "--only=fwd rope torch f32")
 OP = ("kernels", "--only", "fwd swiglu")

@@ -9,9 +9,7 @@ import torch
 
 from siirl.bench import SUITES
 from siirl.bench.records import read
-from tests.bench.commands import Commands, bench
-
-__all__ = ["bench"]
+from tests.bench.commands import Commands
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
