@@ -90,7 +90,7 @@ def main(work: dict[str, Any]) -> dict[str, Any]:
     environment = {"PYTHONPATH": here, "OMP_NUM_THREADS": "1", "TQ_LOGGING_LEVEL": "WARNING"}
     ray.init(
         address="local",
-        num_cpus=work["workers"] + 8,
+        num_cpus=work["workers"] + work["units"] + 2,
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=2**30,

@@ -36,6 +36,10 @@ class Stage(Worker):
         torch.set_num_threads(1)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def ready(self) -> None:
+        """Answer once the worker is up."""
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def make(self) -> int:
         share = common.SAMPLES // self.world_size
         samples = torch.arange(self.rank * share, (self.rank + 1) * share)
@@ -82,6 +86,7 @@ def main(work: dict[str, Any]) -> dict[str, Any]:
     )
     pool = RayResourcePool([work["workers"]], use_gpu=False, max_colocate_count=1)
     group = RayWorkerGroup(pool, RayClassWithInitArgs(cls=Stage), device_name="cpu")
+    group.ready()
     common.tell("idle")
     held = group.make()
     hop(group)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -23,11 +22,11 @@ from typing import Any
 
 import torch
 import transformers
+from machine import machine
 from trl_side import digest, score
 
 import siirl
 from siirl.config.yaml import dump_yaml
-from siirl.device.host import cpu_name
 from siirl.errors import RequestError, SiirlError
 from siirl.model.export import save_pretrained
 from siirl.model.load import load_model
@@ -235,17 +234,6 @@ def check_work(side: str, result: dict[str, Any], shape: Shape, work: dict[str, 
     for key, value in wanted.items():
         if result[key] != value:
             raise SiirlError(f"{side} did other work: {key} is {result[key]}, not {value}")
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were taken on; the load average is that of the end."""
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": 1,
-        "python": platform.python_version(),
-        "load_average": os.getloadavg(),
-    }
 
 
 def print_table(results: dict[str, dict[str, Any]]) -> None:

@@ -1,0 +1,92 @@
+"""Memory of a process and of all processes below it, watched from outside."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+INTERVAL_S = 0.002
+
+
+@dataclass
+class Held:
+    """One process: its part in the work; bytes, private (anonymous) and shared (mapped and touched)."""
+
+    role: str
+    idle_private: int = 0
+    idle_shared: int = 0
+    peak_private: int = 0
+    peak_shared: int = 0
+
+    @property
+    def added(self) -> int:
+        """Bytes above what the process held before there was any batch."""
+        return self.peak_private - self.idle_private + max(self.peak_shared - self.idle_shared, 0)
+
+
+class Watch:
+    """Note the memory of the tree at rest, then sample it between `begin` and `end`."""
+
+    def __init__(self, root: int, root_role: str) -> None:
+        self._root, self._root_role = root, root_role
+        self._held: dict[int, Held] = {}
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+
+    def idle(self) -> None:
+        """Take the processes' memory before they hold anything."""
+        for process in self._tree():
+            private, shared = _memory(process.pid)
+            self._held[process.pid] = Held(self._role(process), private, shared)
+
+    def begin(self) -> None:
+        """Start to sample; processes that came since `idle` held nothing then."""
+        for process in self._tree():
+            self._held.setdefault(process.pid, Held(self._role(process))).role = self._role(process)
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    def end(self) -> dict[str, Any]:
+        """Stop. Returns the process with the most private memory, and all that added 1 MB or more."""
+        assert self._thread is not None
+        self._stop.set()
+        self._thread.join()
+        held = [asdict(process) | {"added": process.added} for process in self._held.values()]
+        held.sort(key=lambda process: -process["peak_private"])
+        return {"largest": held[0], "processes": [process for process in held if process["added"] >= 10**6]}
+
+    def _tree(self) -> list[psutil.Process]:
+        root = psutil.Process(self._root)
+        return [root, *root.children(recursive=True)]
+
+    def _role(self, process: psutil.Process) -> str:
+        if process.pid == self._root:
+            return self._root_role
+        command = process.cmdline() or [process.name()]
+        if any("spawn_main" in part for part in command) or command[0].startswith("ray::Stage"):
+            return "worker"
+        return command[0].removeprefix("ray::").split(":")[0].split(".")[0].split("/")[-1]
+
+    def _sample(self) -> None:
+        while not self._stop.is_set():
+            for pid, held in self._held.items():
+                private, shared = _memory(pid)
+                held.peak_private = max(held.peak_private, private)
+                held.peak_shared = max(held.peak_shared, shared)
+            time.sleep(INTERVAL_S)
+
+
+def _memory(pid: int) -> tuple[int, int]:
+    """Private and shared memory in bytes; of a process that is gone, nothing."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0, 0
+    sizes = {name: int(value.split()[0]) for name, value in (line.split(":", 1) for line in lines) if "Rss" in name}
+    return sizes.get("RssAnon", 0) * 1024, sizes.get("RssShmem", 0) * 1024
