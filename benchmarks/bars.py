@@ -64,7 +64,7 @@ def _panel(panel: Panel, top: float) -> list[str]:
                 f'<rect x="{x:.1f}" y="{y:.1f}" width="{width - 3:.1f}" height="{bottom - y:.1f}"'
                 f' fill="{COLOURS[index]}"/>'
             )
-            label = f"{values[group]:.3g}"
+            label = f"{values[group]:,.0f}" if values[group] >= 100 else f"{values[group]:.3g}"
             parts.append(_text(x + width / 2 - 1.5, y - 4, label, "text-anchor='middle' font-size='11'"))
     return parts
 
