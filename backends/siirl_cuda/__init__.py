@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import re
+from datetime import timedelta
 from typing import Any
 
 from siirl.device import Capabilities, CommSpec, EngineSpec, Probe, Role, TorchBackend, host
 from siirl.device.backend import Determinism
-
-# The driver's own answer, asked in a child: cuInit forbids a later fork and freezes CUDA_VISIBLE_DEVICES.
-ASK_DRIVER = """
-import ctypes, json
-try:
-    driver = ctypes.CDLL("libcuda.so.1")
-except OSError as error:
-    print(json.dumps({"error": f"the NVIDIA driver's libcuda.so.1 cannot be loaded ({error})"}))
-    raise SystemExit
-version, count, words = ctypes.c_int(), ctypes.c_int(), ctypes.c_char_p()
-code = driver.cuInit(0)
-code = code or driver.cuDriverGetVersion(ctypes.byref(version))
-code = code or driver.cuDeviceGetCount(ctypes.byref(count))
-if code:
-    driver.cuGetErrorString(code, ctypes.byref(words))
-    print(json.dumps({"error": f"the NVIDIA driver says: {(words.value or b'').decode()} (error {code})"}))
-else:
-    print(json.dumps({"count": count.value, "cuda": f"{version.value // 1000}.{version.value % 1000 // 10}"}))
-"""
+from siirl_cuda import driver as nvidia
 
 INSTALL = "install a PyTorch built for CUDA (https://pytorch.org/get-started/locally)"
-NODES = ("/dev/nvidia[0-9]*", "/dev/dxg", "/dev/nvhost-gpu", "/dev/nvgpu")  # Linux, WSL, Jetson
 MOVED = frozenset({"bool", "uint8", "int8", "int32", "int64", "float16", "bfloat16", "float32", "float64"})
 
 # Words of a device's name; dense bfloat16 FLOP/s and memory bytes/s of NVIDIA's data sheets. The first match counts.
@@ -65,7 +46,7 @@ class CudaBackend(TorchBackend):
     def probe(cls) -> Probe:
         build = host.torch_build()
         torch, built_for = build.get("__version__"), build.get("cuda")
-        driver = cls._ask_driver()
+        driver = nvidia.ask()
         findings = []
         if not torch:
             findings.append(("PyTorch is not installed", INSTALL))
@@ -78,20 +59,11 @@ class CudaBackend(TorchBackend):
             findings.append((driver["error"], driver.get("fix", "check the driver with nvidia-smi")))
         elif not driver["count"]:
             findings.append(("the NVIDIA driver shows no device to this process", "check CUDA_VISIBLE_DEVICES"))
-        known = {"torch": torch, "cuda": built_for, "driver": driver.get("cuda")}
+        release, devices = nvidia.describe()
+        known = {"torch": torch, "cuda": built_for, "driver": release, "driver's cuda": driver.get("cuda")}
         versions = {name: version for name, version in known.items() if version}
         found = f"{driver.get('count')} NVIDIA devices, driver for CUDA {driver.get('cuda')}"
-        return Probe.of(found, driver.get("count", 0), versions, findings)
-
-    @classmethod
-    def _ask_driver(cls) -> dict[str, Any]:
-        """The number of devices and the CUDA version the driver supports, or what is wrong."""
-        if any(glob.glob(pattern) for pattern in NODES):
-            return host.ask_child(ASK_DRIVER)
-        return {
-            "error": "no NVIDIA device is present (no /dev/nvidia0)",
-            "fix": "check the driver with nvidia-smi; start a container with its GPUs (docker run --gpus all)",
-        }
+        return Probe.of(found, driver.get("count", nvidia.nodes()), versions, findings, devices)
 
     @classmethod
     def bootstrap_env(cls, role: Role) -> dict[str, str]:
@@ -154,7 +126,14 @@ class CudaBackend(TorchBackend):
             "cpu:gloo,cuda:nccl",
             dict.fromkeys(("all_reduce", "all_to_all", "broadcast"), MOVED),
             interface_env=("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"),
+            options=self._communicator_options,
         )
+
+    def _communicator_options(self, timeout: timedelta) -> Any:
+        """Kernels of a collective go before those of the computation that it overlaps with."""
+        options = self.torch.distributed.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        options._timeout = timeout  # PyTorch warns where it is not that of the group
+        return options
 
     def deterministic(self, level: Determinism) -> list[str]:
         unmet = super().deterministic(level)
@@ -162,13 +141,19 @@ class CudaBackend(TorchBackend):
         self.torch.backends.cudnn.benchmark = False
         if level == "off":
             return unmet
-        # cuBLAS reads the variable when it is first used; before any allocation on the device it was not.
-        workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-        if workspace is None and self.module.max_memory_allocated() == 0:
-            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        elif workspace not in (":4096:8", ":16:8"):
-            unmet.append("matrix products: set CUBLAS_WORKSPACE_CONFIG=:4096:8 before the process starts")
+        if os.environ.get("CUBLAS_WORKSPACE_CONFIG") != ":16:8":  # the other repeatable setting, smaller and slower
+            # cuBLAS reads it when it is first used; before any allocation on the device it was not.
+            used = self.module.max_memory_allocated() > 0
+            unmet += self._set_switches({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}, late=used)
+        if "NCCL_ALGO" not in os.environ:
+            # A switch that adds does so in the order of arrival; rings and trees have an order of their own.
+            meeting = self.torch.distributed.is_initialized()
+            unmet += self._set_switches({"NCCL_ALGO": "^NVLS,NVLSTree"}, late=meeting)
         return unmet
+
+    def _recording(self) -> tuple[Any, Any]:
+        graph = self.module.CUDAGraph()
+        return graph, self.module.graph(graph)
 
 
 def _major(version: str) -> int:

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import glob
 import os
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from siirl.device import Capabilities, CommSpec, EngineSpec, Probe, Role, TorchBackend, host
+from siirl.device import Capabilities, CommSpec, EngineSpec, Probe, Role, TorchBackend, Unsupported, host
 from siirl.device.backend import Determinism
+from siirl_npu import preflight
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LIBRARIES = ("libascendcl.so", "libhccl.so", "libge_runner.so")
 NODES = "/dev/davinci[0-9]*"
-# CANN's libraries are opened in a child: loading them early freezes ASCEND_RT_VISIBLE_DEVICES.
-ASK_LIBRARIES = f"""
-import ctypes, json
-def loads(name):
-    try:
-        return bool(ctypes.CDLL(name))
-    except OSError:
-        return False
-print(json.dumps({{"missing": [name for name in {LIBRARIES!r} if not loads(name)]}}))
-"""
-SET_ENV = "source CANN's set_env.sh (for example /usr/local/Ascend/ascend-toolkit/set_env.sh)"
 
 # What the documentation of torch_npu 2.13 lists as verified, less the reductions its source refuses.
 MOVED = {
@@ -43,6 +33,8 @@ SWITCHES = {
     "ATB_LLM_LCOC_ENABLE": "0",
     "CLOSE_MATMUL_K_SHIFT": "1",
 }
+# HCCL's strict order of reductions exists on these; elsewhere asking for it is an error of every collective.
+STRICT_DEVICES = ("Ascend910B", "Ascend910_93")
 
 
 class NpuBackend(TorchBackend):
@@ -53,59 +45,36 @@ class NpuBackend(TorchBackend):
     @classmethod
     def probe(cls) -> Probe:
         packages = ("torch", "torch-npu", "vllm-ascend", "triton", "triton-ascend")
-        versions = {name: version for name in packages if (version := host.installed(name))}
+        found = {name: host.installed(name) for name in packages}
+        found |= {"cann": preflight.cann_version(), "driver": preflight.driver_version()}
+        versions = {name: version for name, version in found.items() if version}
         nodes = len(glob.glob(NODES))
         visible = os.environ.get(cls.visible_devices_env())
         count = nodes if visible is None else min(nodes, len([index for index in visible.split(",") if index.strip()]))
-        findings = [*cls._package_problems(versions), *cls._library_problems("torch-npu" in versions)]
+        findings = [*preflight.package_problems(versions), *preflight.cann_problems(versions)]
         if not nodes:
             fix = "check the driver with npu-smi info; start a container with its devices (--device /dev/davinci0)"
             findings.append(("no Ascend device is present (no /dev/davinci0)", fix))
         elif not count:
             findings.append(("ASCEND_RT_VISIBLE_DEVICES hides every device", "unset ASCEND_RT_VISIBLE_DEVICES"))
-        return Probe.of(f"{count} Ascend devices, torch-npu {versions.get('torch-npu')}", count, versions, findings)
-
-    @classmethod
-    def _package_problems(cls, versions: dict[str, str]) -> list[tuple[str, str]]:
-        torch, plugin = versions.get("torch", ""), versions.get("torch-npu", "")
-        release = torch.partition("+")[0]
-        matching = f"pip install torch-npu=={release}.*" if release else "pip install torch torch-npu"
-        findings = []
-        if not plugin:
-            findings.append(("the package torch-npu is not installed", matching))
-        elif release.split(".")[:3] != plugin.split(".")[:3]:
-            findings.append((f"torch-npu {plugin} does not fit PyTorch {torch or '(not installed)'}", matching))
-        if cuda := host.torch_build().get("cuda"):
-            refused = f"PyTorch is built for CUDA {cuda}, and torch-npu refuses it"
-            findings.append((refused, "install the CPU build of PyTorch"))
-        if {"triton", "triton-ascend"} <= versions.keys():
-            clash = "triton and triton-ascend are both installed and overwrite each other"
-            findings.append((clash, "pip uninstall triton triton-ascend, then pip install triton-ascend"))
-        return findings
-
-    @classmethod
-    def _library_problems(cls, has_plugin: bool) -> list[tuple[str, str]]:
-        if not has_plugin:
-            return []
-        answer = host.ask_child(ASK_LIBRARIES)
-        if "error" in answer:
-            return [(answer["error"], "check CANN and the driver with npu-smi info")]
-        if not answer["missing"]:
-            return []
-        unset = "" if "ASCEND_HOME_PATH" in os.environ else ", ASCEND_HOME_PATH is not set"
-        missing = ", ".join(answer["missing"])
-        return [
-            (f"torch-npu is installed, but CANN's {missing} cannot be loaded{unset}", f"install CANN and {SET_ENV}")
-        ]
+        stack = f"torch-npu {versions.get('torch-npu')}, CANN {versions.get('cann', 'of unknown release')}"
+        return Probe.of(f"{count} Ascend devices, {stack}", count, versions, findings)
 
     @classmethod
     def bootstrap_env(cls, role: Role) -> dict[str, str]:
         # Free ports, because training and rollout may hold communicators on the same device.
         wanted = {"HCCL_HOST_SOCKET_PORT_RANGE": "auto", "HCCL_NPU_SOCKET_PORT_RANGE": "auto"}
+        if role == "driver":
+            return wanted
+        alone = role in ("trainer", "validation")
+        # Level 2 hides more of the cost of launching, takes memory for it and cannot be recorded as a graph.
+        wanted["TASK_QUEUE_ENABLE"] = "2" if alone else "1"
         # An engine's sleep mode refuses expandable segments, and both variables together end the process.
         chosen = {"PYTORCH_ALLOC_CONF", "PYTORCH_NPU_ALLOC_CONF"} & os.environ.keys()
-        if role == "trainer" and not chosen:
+        if alone and not chosen:
             wanted["PYTORCH_NPU_ALLOC_CONF"] = "expandable_segments:True"
+        if role == "validation":
+            wanted["TORCH_NPU_FALLBACK_CPU_DISABLE"] = "1"  # read once, when torch_npu starts
         return wanted
 
     @classmethod
@@ -165,20 +134,31 @@ class NpuBackend(TorchBackend):
         unmet = super().deterministic(level)
         if level == "off":
             return unmet
+        device = self.capabilities().device_name
+        strict = level == "strict" and device.startswith(STRICT_DEVICES)
+        if level == "strict" and not strict:
+            unmet.append(f"{device} adds up a collective in no fixed order (no HCCL_DETERMINISTIC=strict)")
         # Read when a communicator or a library is first used, so they must stand before.
-        wanted = SWITCHES | {"HCCL_DETERMINISTIC": "strict" if level == "strict" else "true"}
-        missing = {key: value for key, value in wanted.items() if os.environ.get(key) != value}
-        if self.torch.distributed.is_initialized():
-            late = ", ".join(f"{key}={value}" for key, value in missing.items())
-            return [*unmet, *([f"communicators exist already; set before the start: {late}"] if missing else [])]
-        os.environ.update(missing)
-        return unmet
+        chosen = os.environ.get("HCCL_DETERMINISTIC")
+        wanted = SWITCHES | {"HCCL_DETERMINISTIC": "strict" if strict or chosen == "strict" else "true"}
+        return unmet + self._set_switches(wanted, late=self.torch.distributed.is_initialized())
+
+    def _recording(self) -> tuple[Any, AbstractContextManager[Any]]:
+        if not hasattr(self.module, "NPUGraph"):
+            raise Unsupported(f"torch-npu {host.installed('torch-npu')} records no graphs: call the work each time")
+        graph = self.module.NPUGraph()
+        return graph, self.module.graph(graph)
 
     @property
     def profiler_module(self) -> Any:
         return self.torch_npu.profiler
 
     def to_canonical(self, t: Tensor) -> Tensor:
-        if t.device.type != self.torch_type or int(self.torch_npu.get_npu_format(t)) not in PRIVATE_FORMATS:
+        if t.device.type != self.torch_type:
             return t
+        whole = t.to_local() if hasattr(t, "to_local") else t  # a shard is what lies in this device's memory
+        if int(self.torch_npu.get_npu_format(whole)) not in PRIVATE_FORMATS:
+            return t
+        if whole is not t:
+            raise Unsupported("a sharded tensor in a private memory format cannot be read; cast it before sharding")
         return self.torch_npu.npu_format_cast(t, ND)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -14,7 +15,7 @@ from siirl.cli.tables import print_table
 @click.command(short_help="Show what this machine offers, and what is missing and why.")
 @json_option
 def doctor(as_json: bool) -> None:
-    """Show which devices are usable here and, of those that are not, why and what to do about it."""
+    """Show which devices are usable here, what each can do, and, of those that are not, why and what to do about it."""
     from siirl.device.doctor import collect
 
     found = collect()
@@ -24,8 +25,13 @@ def doctor(as_json: bool) -> None:
     print_table("machine", ("", ""), _machine(found))
     columns = ("device", "usable", "found", "to use it", "engines", "kernels")
     print_table("devices", columns, [_device(name, facts) for name, facts in found["devices"].items()])
+    for name, facts in found["devices"].items():
+        if "opened" in facts:
+            print_table(f"device {name}", ("", ""), _opened(facts))
     auto = found["auto"]
-    click.echo(f"--device auto is {auto['device']}" if auto["device"] else f"--device auto: {auto['reason']}")
+    click.echo(f"--device auto {'is ' + auto['device'] if auto['device'] else 'fails'}: {auto['reason']}")
+    for variable, name in found["environment"].items():
+        click.echo(f"{variable} is set: without --device a run takes {name}, whatever its configuration says")
 
 
 def _machine(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -48,3 +54,32 @@ def _device(name: str, facts: dict[str, Any]) -> tuple[str, ...]:
     engines = ", ".join(dict.fromkeys(engine["name"] for engine in facts.get("engines", [])))
     kernels = " > ".join(facts.get("kernel_order", []))
     return (name, count if facts["available"] else "no", facts["reason"], "; ".join(facts["fixes"]), engines, kernels)
+
+
+def _opened(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "back end", facts["back_end"]
+    yield "versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    yield from (("device", text) for text in facts["devices"])
+    yield from (("note", text) for text in facts["notes"])
+    opened = facts["opened"]
+    if "error" in opened:
+        yield "cannot be opened", opened["error"]
+        return
+    yield from ((key.replace("_", " "), _words(value)) for key, value in opened["capabilities"].items())
+    communication = opened["communication"]
+    yield "collectives", communication["torch_backend"]
+    yield from ((f"  {name}", ", ".join(dtypes)) for name, dtypes in communication["dtypes"].items())
+    providers = opened["kernels"]
+    for provider in dict.fromkeys(providers.values()):
+        yield f"kernels by {provider}", ", ".join(op for op, by in providers.items() if by == provider)
+
+
+def _words(value: Any) -> str:
+    """A fact as a person reads it; what is not known is a dash."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {number:.4g}" for key, number in value.items()) or "-"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else str(value)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from siirl.device.backend import (
     Backend,
     Capabilities,
+    Captured,
     CommSpec,
     EngineSpec,
     MemoryInfo,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Backend",
     "Capabilities",
+    "Captured",
     "Collectives",
     "CommSpec",
     "EngineSpec",

@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from siirl.errors import SiirlError
 
 if TYPE_CHECKING:
     import torch
 
-Role = Literal["driver", "trainer", "colocated", "rollout"]
+Result = TypeVar("Result")
+Role = Literal["driver", "trainer", "colocated", "rollout", "validation"]
 Determinism = Literal["off", "on", "strict"]
 
 
@@ -32,7 +34,11 @@ class Unsupported(SiirlError):
 
 @dataclass(frozen=True)
 class Probe:
-    """Whether a device is usable here, found out without importing PyTorch."""
+    """Whether a device is usable here, found out without importing PyTorch.
+
+    `count` devices can be used. `present` are there, usable or not. `devices` describes each that the driver knows.
+    `notes` are sentences on what may matter and keeps nobody from using the device.
+    """
 
     available: bool
     count: int
@@ -40,15 +46,27 @@ class Probe:
     versions: dict[str, str] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
     fixes: tuple[str, ...] = ()
+    present: int = 0
+    devices: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, found: str, count: int, versions: dict[str, str], findings: Iterable[tuple[str, str]]) -> Probe:
+    def of(
+        cls,
+        found: str,
+        count: int,
+        versions: dict[str, str],
+        findings: Iterable[tuple[str, str]],
+        devices: Iterable[str] = (),
+        notes: Iterable[str] = (),
+    ) -> Probe:
         """A probe from what was `found` and from (problem, fix) pairs; any problem makes the device unavailable."""
         problems, fixes = zip(*pairs, strict=True) if (pairs := list(findings)) else ((), ())
         unique_fixes = tuple(dict.fromkeys(fix for fix in fixes if fix))
+        facts: dict[str, Any] = {"present": count, "devices": tuple(devices), "notes": tuple(notes)}
         if problems:
-            return cls(False, 0, "; ".join(problems), versions, problems, unique_fixes)
-        return cls(True, count, found, versions)
+            return cls(False, 0, "; ".join(problems), versions, problems, unique_fixes, **facts)
+        return cls(True, count, found, versions, **facts)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,13 +116,15 @@ class CommSpec:
     """How `torch.distributed` reaches this device, and what it lacks there.
 
     `dtypes` maps a collective (`all_reduce`, `all_to_all`, `broadcast`) to the dtypes it moves between devices.
-    `interface_env` are the variables that name the network interface to bind to.
+    `interface_env` are the variables that name the network interface to bind to. `options` makes the `pg_options`
+    of a process group from its time limit, once PyTorch is loaded; without it the library has its defaults.
     """
 
     torch_backend: str
     dtypes: Mapping[str, frozenset[str]]
     max_group_name: int | None = None
     interface_env: tuple[str, ...] = ("GLOO_SOCKET_IFNAME",)
+    options: Callable[[timedelta], Any] | None = None
 
     def supports(self, collective: str, dtype: str) -> bool:
         return dtype in self.dtypes.get(collective, frozenset())
@@ -141,12 +161,24 @@ class RngState:
         return cls(data["backend"], {name: bytes.fromhex(state) for name, state in data["states"].items()})
 
 
+@dataclass(frozen=True)
+class Captured(Generic[Result]):
+    """Recorded work. `replay()` does it again on the current stream, from what its inputs' memory holds by then.
+
+    `result` is what the recorded call returned; each replay writes into the same tensors.
+    """
+
+    replay: Callable[[], None]
+    result: Result
+
+
 class Backend(ABC):
     """One kind of device. `siirl.device.TorchBackend` implements stage 1 for whatever PyTorch already abstracts."""
 
     name: ClassVar[str]
     torch_type: ClassVar[str]  # may differ from the name: some vendors answer to another's device type
     torch_plugins: ClassVar[tuple[str, ...]] = ()  # packages that extend PyTorch for it and load with it
+    replaces: ClassVar[str | None] = None  # the back end of this name for which it stands in, from another package
 
     # Stage 0: PyTorch is not imported.
 
@@ -165,7 +197,8 @@ class Backend(ABC):
         """Variables to set before a process of this role starts PyTorch, where the user set none.
 
         trainer: all device memory is PyTorch's; colocated: it shares the process with an engine that takes and
-        frees memory pools; rollout: such an engine alone; driver: computes nothing.
+        frees memory pools; rollout: such an engine alone; driver: computes nothing; validation: as a trainer, and what
+        hides that the device lacks an operator is switched off.
         """
         return {}
 
@@ -254,9 +287,21 @@ class Backend(ABC):
         """A new event with record, synchronize, query and elapsed_time (milliseconds, only with `timing`)."""
 
     @abstractmethod
+    def capture(self, work: Callable[[], Result], warm_ups: int = 3) -> Captured[Result]:
+        """Record `work` as a graph of the device, after running it `warm_ups` times for what it allocates and tunes.
+
+        `work` reads its inputs from tensors that outlive it, has no control flow that depends on values on the device,
+        and copies nothing to the host. Raises Unsupported where the device, or PyTorch on it, records none.
+        """
+
+    @abstractmethod
     def profiler(self, **options: Any) -> AbstractContextManager[Any]:
         """A profiler of host and device with the options of `torch.profiler.profile`."""
 
     @abstractmethod
     def to_canonical(self, t: torch.Tensor) -> torch.Tensor:
-        """The tensor in PyTorch's own memory layout, itself where it has that already."""
+        """The tensor in PyTorch's own memory layout, itself where it has that already.
+
+        Whatever leaves the device as bytes goes through it first: collectives, checkpoints, exports, weights on their
+        way to a rollout engine.
+        """

@@ -79,12 +79,16 @@ class Collectives:
         address = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         timeout = timedelta(seconds=self._timeout_s)
         arguments: dict[str, Any] = {"init_method": "env://"}
+        if self._spec.options is not None:
+            arguments["pg_options"] = self._spec.options(timeout)
         if _is_loopback(address):
             for variable in self._spec.interface_env:
                 os.environ.setdefault(variable, _loopback_interface())
             # PyTorch's own store listens on every interface; an elastic agent brings a store of its own.
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-                arguments = {"store": _loopback_store(address, int(os.environ["MASTER_PORT"]), self.rank == 0, timeout)}
+                del arguments["init_method"]
+                port = int(os.environ["MASTER_PORT"])
+                arguments["store"] = _loopback_store(address, port, self.rank == 0, timeout)
         dist.init_process_group(
             self._spec.torch_backend, rank=self.rank, world_size=self.size, timeout=timeout, **arguments
         )
@@ -124,7 +128,7 @@ class Collectives:
         """Overwrite `t` with worker `src`'s, in place, and return it. Any dtype; the same shape everywhere."""
         if self.size == 1 or t.numel() == 0:
             return t
-        moved = self._canonical(t.detach()).contiguous()
+        moved = self._canonical(t.detach()).to(self._broadcast_place(t)).contiguous()
         self._attempt("broadcast", dist.broadcast, moved.view(-1).view(torch.uint8), src=src)
         if moved.data_ptr() != t.data_ptr():
             t.copy_(moved)
@@ -229,6 +233,11 @@ class Collectives:
             if dtype is not None:
                 return dtype, on_host
         raise Unsupported(f"all_reduce of {_name(t.dtype)} is possible neither on the device nor on the host")
+
+    def _broadcast_place(self, t: Tensor) -> torch.device:
+        """Where the bytes of `t` are broadcast: the host's library moves what the device's does not."""
+        assert self._spec is not None
+        return t.device if self._spec.supports("broadcast", "uint8") else torch.device("cpu")
 
     def _byte_carrier(self) -> torch.dtype:
         """The narrowest dtype under which the device's library exchanges bytes."""

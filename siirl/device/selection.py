@@ -6,6 +6,7 @@ import importlib.metadata
 import logging
 import os
 import sys
+from dataclasses import dataclass
 
 from siirl.device.backend import Backend, Probe, Role
 from siirl.errors import DeviceError, RequestError, SiirlError, did_you_mean
@@ -16,6 +17,14 @@ AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # "0" keeps `import torch` from impo
 
 log = logging.getLogger(__name__)
 _current: Backend | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A device by name, and why it is that one."""
+
+    device: str
+    reason: str
 
 
 def current() -> Backend:
@@ -44,19 +53,32 @@ def resolve(cli: str | None = None, config: str = "auto") -> Backend:
     Raises DeviceError when the device asked for is not usable, RequestError when its name is unknown or when
     `auto` finds several kinds of accelerators.
     """
-    name = cli or os.environ.get(VARIABLE) or config
+    asked = {"the command line": cli, VARIABLE: os.environ.get(VARIABLE), "the configuration": config}
+    source, name = next((source, name) for source, name in asked.items() if name)
     if name == "auto":
-        return backend_class(automatic(probe_all()))()
-    backend = backend_class(name)
-    probe = backend.probe()
+        choice = automatic(probe_all())
+    else:
+        choice = Choice(name, f"{source} names it")
+        _require(name, source)
+    log.info("device %s: %s", choice.device, choice.reason)
+    return backend_class(choice.device)()
+
+
+def _require(name: str, source: str) -> None:
+    probe = backend_class(name).probe()
     if not probe.available:
+        origin = "" if source == "the command line" else f", which {source} names,"
         remedy = f". What helps: {'; '.join(probe.fixes)}" if probe.fixes else ""
-        raise DeviceError(f"device '{name}' is not usable here: {probe.reason}{remedy}")
-    return backend()
+        raise DeviceError(f"device '{name}'{origin} is not usable here: {probe.reason}{remedy}")
+    for note in probe.notes:
+        log.warning("device %s: %s", name, note)
 
 
-def automatic(probes: dict[str, Probe]) -> str:
-    """The name `auto` stands for: the one usable accelerator, else the host."""
+def automatic(probes: dict[str, Probe]) -> Choice:
+    """What `auto` stands for: the one usable accelerator, else the host.
+
+    Accelerators that are there and not usable are worth a warning: a run on the host may take a thousand times longer.
+    """
     usable = [name for name, probe in probes.items() if probe.available]
     accelerators = [name for name in usable if backend_class(name).is_accelerator()]
     if len(accelerators) > 1:
@@ -66,9 +88,13 @@ def automatic(probes: dict[str, Probe]) -> str:
     if not usable:
         reasons = "; ".join(f"{name}: {probe.reason}" for name, probe in probes.items())
         raise DeviceError(f"no device is usable here: {reasons or f'no package fills the entry-point group {GROUP}'}")
-    if not accelerators:
-        log.info("no accelerator is usable here, running on %s", usable[0])
-    return (accelerators or usable)[0]
+    if accelerators:
+        return Choice(accelerators[0], "the only kind of accelerator that is usable here")
+    for name, probe in probes.items():
+        if probe.present and not probe.available:
+            log.warning("running on %s, for %s devices are here but not usable: %s", usable[0], name, probe.reason)
+    reasons = "; ".join(f"{name}: {probe.reason}" for name, probe in probes.items() if not probe.available)
+    return Choice(usable[0], f"no accelerator is usable here{f' ({reasons})' if reasons else ''}")
 
 
 def probe_all() -> dict[str, Probe]:
@@ -77,23 +103,29 @@ def probe_all() -> dict[str, Probe]:
     for name in _entry_points():
         try:
             probes[name] = backend_class(name).probe()
-        except DeviceError as error:
+        except (DeviceError, RequestError) as error:  # of one package; the others are none the worse
             probes[name] = Probe(False, 0, str(error), problems=(str(error),))
     return probes
 
 
 def backend_class(name: str) -> type[Backend]:
-    """The back end of that name. Raises RequestError when none has it, DeviceError when its package is broken."""
+    """The back end of that name. Raises RequestError when none or several have it, DeviceError for a broken package."""
     entries = _entry_points()
     if name not in entries:
         known = ", ".join(["auto", *entries])
         raise RequestError(f"unknown device '{name}', devices known here are {known}{did_you_mean(name, entries)}")
+    return _the_one(name, entries[name])
+
+
+def _load(entry: importlib.metadata.EntryPoint) -> type[Backend]:
     try:
-        found = entries[name].load()
+        found = entry.load()
     except (ImportError, AttributeError) as error:
-        raise DeviceError(f"the back end '{name}' ({entries[name].value}) cannot be imported: {error}") from error
+        raise DeviceError(f"the back end '{entry.name}' ({entry.value}) cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Backend)):
-        raise DeviceError(f"the back end '{name}' ({entries[name].value}) is not a siirl.device.Backend")
+        raise DeviceError(f"the back end '{entry.name}' ({entry.value}) is not a siirl.device.Backend")
+    if found.name != entry.name:
+        raise DeviceError(f"the back end '{entry.name}' ({entry.value}) calls itself '{found.name}': one name for both")
     return found
 
 
@@ -124,10 +156,22 @@ def prepare(backend: Backend, role: Role = "trainer") -> None:
             del sys.modules[extension]
 
 
-def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
-    entries: dict[str, importlib.metadata.EntryPoint] = {}
+def _the_one(name: str, entries: list[importlib.metadata.EntryPoint]) -> type[Backend]:
+    """Of several packages' back ends of one name, the one that says it stands in for the others."""
+    if len(entries) == 1:
+        return _load(entries[0])
+    replacing = [found for found in map(_load, entries) if found.replaces == name]
+    if len(replacing) == 1:
+        return replacing[0]
+    packages = " and ".join(entry.value for entry in entries)
+    raise RequestError(
+        f"{len(entries)} packages call their back end '{name}': {packages}; uninstall all but one, "
+        f'or let one say that it stands in for the others with replaces = "{name}"'
+    )
+
+
+def _entry_points() -> dict[str, list[importlib.metadata.EntryPoint]]:
+    named: dict[str, dict[str, importlib.metadata.EntryPoint]] = {}
     for entry in importlib.metadata.entry_points(group=GROUP):
-        first = entries.setdefault(entry.name, entry)
-        if first.value != entry.value:
-            raise RequestError(f"two packages call their back end '{entry.name}': {first.value} and {entry.value}")
-    return dict(sorted(entries.items()))
+        named.setdefault(entry.name, {}).setdefault(entry.value, entry)
+    return {name: list(entries.values()) for name, entries in sorted(named.items())}

@@ -7,10 +7,12 @@ Built on `torch.accelerator` and, where that has nothing (randomness, properties
 from __future__ import annotations
 
 import importlib
+import os
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from siirl.device.backend import Backend, Determinism, MemoryInfo, RngState, Unsupported
+from siirl.device.backend import Backend, Captured, Determinism, MemoryInfo, Result, RngState, Unsupported
 from siirl.device.host import process_memory
 from siirl.errors import DeviceError, RequestError
 
@@ -137,11 +139,44 @@ class TorchBackend(Backend):
         self.torch.utils.deterministic.fill_uninitialized_memory = level == "strict"
         return []
 
+    def _set_switches(self, wanted: Mapping[str, str], late: bool) -> list[str]:
+        """Set variables that a library reads when it is first used, where the user set none.
+
+        What another value or `late`, the library being in use already, prevents is returned as a sentence.
+        """
+        missing = {key: value for key, value in wanted.items() if os.environ.get(key) != value}
+        open_ones = {} if late else {key: value for key, value in missing.items() if key not in os.environ}
+        os.environ.update(open_ones)
+        unmet = [f"{key}={value}" for key, value in missing.items() if key not in open_ones]
+        return [f"set before the process starts: {', '.join(unmet)}"] if unmet else []
+
     def stream(self) -> Any:
         return self.torch.Stream(device=self.device())
 
     def event(self, timing: bool = False) -> Any:
         return self.torch.Event(self.device(), enable_timing=timing)
+
+    def capture(self, work: Callable[[], Result], warm_ups: int = 3) -> Captured[Result]:
+        if self.capabilities().graph_capture == "none":
+            raise Unsupported(f"device '{self.name}' records no graphs: call the work each time instead")
+        graph, recording = self._recording()
+        here, side = self.torch.accelerator.current_stream(), self.stream()
+        side.wait_stream(here)
+        with side:  # the stream that a program starts with cannot be recorded
+            for _ in range(warm_ups):
+                work()
+            with recording:
+                result = work()
+        here.wait_stream(side)
+        return Captured(graph.replay, result)
+
+    def _recording(self) -> tuple[Any, AbstractContextManager[Any]]:
+        """A new graph, and the context in which it records the current stream."""
+        graph_class = getattr(self.torch.accelerator, "Graph", None)
+        if graph_class is None:
+            raise Unsupported(f"PyTorch {self.torch.__version__} records no graphs on '{self.name}', 2.12 and newer do")
+        graph = graph_class()
+        return graph, graph
 
     @property
     def profiler_module(self) -> Any:

@@ -213,7 +213,7 @@ class TrainingEngine:
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The model's parameters by their own names, gathered whole one at a time where they are sharded."""
         for name, parameter in self.model.named_parameters():
-            yield name, _whole(parameter)
+            yield name, self._backend.to_canonical(_whole(parameter))
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -80,7 +80,6 @@ class RunWorker:
         config = resolved.main
         self._resolved, self._run_dir = resolved, run_dir
         self._backend, self._collectives = backend, collectives
-        self._level = backend.deterministic("on" if config.training.deterministic else "off")
         backend.seed(config.seed)
         log.info("kernels: %s", bind(backend.kernel_order()))
         self._models = Models(config, backend, collectives)
@@ -205,7 +204,8 @@ class RunWorker:
             }
             worker = {"rng": self._backend.rng_state().to_json()}
             name = store.directory_name(context.stage, context.step)
-            store.save(self._run_dir, name, self._models.tensors(), state, worker, self._collectives)
+            tensors = {key: self._backend.to_canonical(t) for key, t in self._models.tensors().items()}
+            store.save(self._run_dir, name, tensors, state, worker, self._collectives)
             if self._collectives.rank == 0:
                 store.prune(self._run_dir, context.config.checkpoint.keep)
 
@@ -245,6 +245,9 @@ def run_worker(
     """Run worker ``rank`` of ``workers`` on a loaded back end; 0, or the number of the signal that stopped the run."""
     config = resolved.main
     backend.bind(local_rank, config.threads_per_worker or default_threads(local_workers))
+    # before the first collective: libraries read their switches when they make a communicator
+    for unmet in backend.deterministic("on" if config.training.deterministic else "off"):
+        log.warning("training.deterministic is not met in full: %s", unmet)
     collectives = Collectives.init(backend, rank, workers, config.timeout_s)
     started = time.perf_counter()
     stopped = RunWorker(resolved, run_dir, backend, collectives, resume).run()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,7 +11,9 @@ from pathlib import Path
 import pytest
 
 import siirl_cuda
+import siirl_cuda.driver
 import siirl_npu
+import siirl_npu.preflight
 from siirl.device import Backend, CommSpec, Probe, host
 from siirl_cpu import CpuBackend
 from siirl_cuda import CudaBackend
@@ -67,7 +71,7 @@ def test_only_a_trainer_grows_its_segments_and_the_users_choice_stays(
         monkeypatch.delenv(variable, raising=False)
     assert "expandable_segments:True" in backend.bootstrap_env("trainer").values()
     for role in ("driver", "colocated", "rollout"):
-        assert "expandable_segments:True" not in backend.bootstrap_env(role).values()
+        assert "expandable_segments:True" not in backend.bootstrap_env(role).values()  # type: ignore[arg-type]
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
     assert "expandable_segments:True" not in backend.bootstrap_env("trainer").values()
 
@@ -75,7 +79,8 @@ def test_only_a_trainer_grows_its_segments_and_the_users_choice_stays(
 def test_a_probe_with_a_problem_is_not_available() -> None:
     probe = Probe.of("2 cards", 2, {}, [("a", "fix"), ("b", "fix")])
     assert (probe.available, probe.count, probe.reason, probe.fixes) == (False, 0, "a; b", ("fix",))
-    assert Probe.of("2 cards", 2, {}, []) == Probe(True, 2, "2 cards")
+    assert probe.present == 2
+    assert Probe.of("2 cards", 2, {}, []) == Probe(True, 2, "2 cards", present=2)
 
 
 def test_long_group_names_stay_apart_within_the_limit() -> None:
@@ -88,15 +93,21 @@ def test_long_group_names_stay_apart_within_the_limit() -> None:
 
 
 @pytest.fixture
-def cuda_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
+def compiler() -> str:
+    found = shutil.which("cc") or shutil.which("gcc")
+    if found is None:
         pytest.skip("needs a C compiler to build a stand-in for the driver's library")
+    return found
+
+
+@pytest.fixture
+def cuda_driver(tmp_path: Path, compiler: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "driver.c").write_text(DRIVER)
     library = tmp_path / "libcuda.so.1"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "driver.c"], check=True)
     (tmp_path / "nvidia0").touch()
-    monkeypatch.setattr(siirl_cuda, "NODES", (str(tmp_path / "nvidia[0-9]*"),))
+    monkeypatch.setattr(siirl_cuda.driver, "NODES", (str(tmp_path / "nvidia[0-9]*"),))
+    monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path), os.environ["PATH"]]))
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(host, "torch_build", lambda: {"__version__": "2.13.0+cu126", "cuda": "12.6"})
@@ -106,7 +117,51 @@ def cuda_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_cuda_counts_the_devices_the_driver_shows(cuda_driver: Path) -> None:
     probe = CudaBackend.probe()
     assert (probe.available, probe.count) == (True, 2), probe
-    assert probe.versions == {"torch": "2.13.0+cu126", "cuda": "12.6", "driver": "12.4"}
+    assert probe.versions == {"torch": "2.13.0+cu126", "cuda": "12.6", "driver's cuda": "12.4"}
+    assert probe.devices == ()
+
+
+# Two devices, of which the second has no NVLink: its query fails with NVML_ERROR_NOT_SUPPORTED (3), as NVML's does.
+NVML = """
+#include <stdio.h>
+typedef struct { unsigned long long total, free, used; } memory_t;
+int nvmlInit_v2(void) { return 0; }
+int nvmlDeviceGetCount_v2(unsigned *count) { *count = 2; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **handle) { *handle = (void *)(index + 1L); return 0; }
+int nvmlDeviceGetMemoryInfo(void *handle, memory_t *memory) { memory->total = 80ULL << 30; return 0; }
+int nvmlDeviceGetNvLinkState(void *handle, unsigned link, unsigned *active) {
+    *active = link != 1;
+    return handle == (void *)1L && link < 12 ? 0 : 3;
+}
+int nvmlDeviceGetName(void *handle, char *words, unsigned n) { snprintf(words, n, "NVIDIA H100"); return 0; }
+int nvmlDeviceGetUUID(void *handle, char *words, unsigned n) { snprintf(words, n, "GPU-%p", handle); return 0; }
+int nvmlSystemGetDriverVersion(char *words, unsigned n) { snprintf(words, n, "580.65.06"); return 0; }
+"""
+# What `nvidia-smi --query-gpu=driver_version,name,uuid,memory.total --format=csv,noheader,nounits` prints.
+SMI = "#!/bin/sh\necho '570.12, NVIDIA L4, GPU-7, 23034'\n"
+
+
+def test_cuda_describes_each_device_with_nvml(cuda_driver: Path, compiler: str) -> None:
+    (cuda_driver.parent / "nvml.c").write_text(NVML)
+    library = cuda_driver.with_name("libnvidia-ml.so.1")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, cuda_driver.with_name("nvml.c")], check=True)
+    probe = CudaBackend.probe()
+    assert probe.versions["driver"] == "580.65.06"
+    assert probe.devices == (
+        "0: NVIDIA H100, 80.0 GiB, 11 NVLinks, GPU-0x1",
+        "1: NVIDIA H100, 80.0 GiB, GPU-0x2",
+    )
+
+
+def test_cuda_asks_nvidia_smi_where_nvml_cannot_be_loaded(cuda_driver: Path) -> None:
+    program = cuda_driver.with_name("nvidia-smi")
+    program.write_text(SMI)
+    program.chmod(0o755)
+    probe = CudaBackend.probe()
+    assert probe.versions["driver"] == "570.12"
+    assert probe.devices == ("0: NVIDIA L4, 22.5 GiB, GPU-7",)
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert CudaBackend.probe().devices == ()
 
 
 def test_cuda_says_what_the_driver_says(cuda_driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +215,12 @@ def npu_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     install(tmp_path, "torch-npu", "2.13.0.post1")
     monkeypatch.setattr(host, "torch_build", lambda: {"__version__": "2.13.0+cpu", "cuda": None})
     monkeypatch.setattr(siirl_npu, "NODES", str(tmp_path / "davinci[0-9]*"))
-    monkeypatch.setattr(siirl_npu, "ASK_LIBRARIES", "print('{\"missing\": []}')")
+    monkeypatch.setattr(siirl_npu.preflight, "ASK_LIBRARIES", "print('{\"missing\": []}')")
+    monkeypatch.setattr(siirl_npu.preflight, "INSTALLATIONS", (str(tmp_path / "cann"),))
+    monkeypatch.setattr(siirl_npu.preflight, "DRIVER_RECORD", tmp_path / "ascend_install.info")
+    (tmp_path / "ascend_install.info").write_text(f"Driver_Install_Path_Param={tmp_path}\n")
+    for variable in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME"):
+        monkeypatch.delenv(variable, raising=False)
     for index in range(4):
         (tmp_path / f"davinci{index}").touch()
     (tmp_path / "davinci_manager").touch()
@@ -174,6 +234,52 @@ def test_npu_counts_the_device_nodes_that_are_visible(npu_machine: Path, monkeyp
     assert NpuBackend.probe().count == 2
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "")
     assert NpuBackend.probe().problems == ("ASCEND_RT_VISIBLE_DEVICES hides every device",)
+
+
+# As the installers write them: https://www.hiascend.com/document/detail/en/canncommercial/850/softwareinst/instg
+CANN_RECORD = """package_name=Ascend-cann-toolkit
+version={version}
+innerversion=V100R001C23SPC002B210
+arch=aarch64
+os=linux
+"""
+DRIVER_RECORD = """Version=25.3.rc1
+ascendhal_version=7.35.23
+Innerversion=V100R001C23SPC002B212
+package_version=25.3.rc1
+"""
+
+
+def write_record(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+
+
+def test_npu_reads_the_releases_of_cann_and_of_the_driver(npu_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = f"{platform.machine()}-linux/ascend_toolkit_install.info"
+    write_record(npu_machine / "cann" / record, CANN_RECORD.format(version="9.1.0"))
+    write_record(npu_machine / "driver" / "version.info", DRIVER_RECORD)
+    probe = NpuBackend.probe()
+    assert probe.available, probe
+    assert (probe.versions["cann"], probe.versions["driver"]) == ("9.1.0", "25.3.rc1")
+    assert "CANN 9.1.0" in probe.reason
+    write_record(npu_machine / "other" / record, CANN_RECORD.format(version="8.5.0"))
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(npu_machine / "other"))
+    assert NpuBackend.probe().versions["cann"] == "8.5.0", "set_env.sh decides which of several is used"
+
+
+def test_npu_says_when_cann_is_too_old(npu_machine: Path) -> None:
+    record = npu_machine / "cann" / f"{platform.machine()}-linux" / "ascend_toolkit_install.info"
+    write_record(record, CANN_RECORD.format(version="8.2.RC1"))
+    probe = NpuBackend.probe()
+    assert probe.problems == ("CANN 8.2.RC1 is older than 8.5, the first that torch-npu 2.13.0.post1 works with",)
+    assert "install CANN 8.5 or newer" in probe.fixes[0]
+
+
+def test_a_candidate_of_the_same_release_fits(npu_machine: Path) -> None:
+    shutil.rmtree(npu_machine / "torch_npu-2.13.0.post1.dist-info")
+    install(npu_machine, "torch-npu", "2.13.0rc1")
+    assert NpuBackend.probe().available, NpuBackend.probe()
 
 
 def test_npu_says_when_the_releases_differ(npu_machine: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import siirl.device
-from siirl.device import selection
+import siirl_kernels
+from siirl.device import facts, host, selection
 from siirl.device.doctor import collect
 from siirl.errors import DeviceError, RequestError
 from siirl_cpu import CpuBackend
@@ -26,6 +28,7 @@ from siirl_npu import NpuBackend
 
 class Backend(CpuBackend):
     name = "{name}"
+    replaces = {replaces}
 
     @classmethod
     def is_accelerator(cls):
@@ -33,19 +36,30 @@ class Backend(CpuBackend):
 
     @classmethod
     def probe(cls):
-        return Probe.of("2 cards", 2, {{}}, {findings})
+        return Probe.of("2 cards", 2, {{}}, {findings}, notes={notes})
 """
 BROKEN = "import a_library_of_the_vendor\n"
 # An extension of PyTorch whose driver is missing, as the public wheel behaves on a machine without it.
 EXTENSION = 'raise ImportError("libvendor.so: cannot open shared object file")\n'
 
 
-def plug_in(folder: Path, name: str, findings: str = "[]", text: str = PLUGIN) -> Path:
+def plug_in(
+    folder: Path,
+    name: str,
+    findings: str = "[]",
+    text: str = PLUGIN,
+    package: str | None = None,
+    replaces: str | None = None,
+    notes: str = "()",
+) -> Path:
+    package = package or name
     return install(
         folder,
-        f"siirl-{name}",
-        modules={f"siirl_{name}.py": text.format(name=name, findings=findings)},
-        entry_points={"siirl.backends": {name: f"siirl_{name}:Backend"}},
+        f"siirl-{package}",
+        modules={
+            f"siirl_{package}.py": text.format(name=name, findings=findings, replaces=repr(replaces), notes=notes)
+        },
+        entry_points={"siirl.backends": {name: f"siirl_{package}:Backend"}},
     )
 
 
@@ -59,11 +73,11 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
     yield tmp_path
-    for name in ("siirl_alpha", "siirl_beta"):
+    for name in ("siirl_alpha", "siirl_beta", "siirl_other", "siirl_third"):
         sys.modules.pop(name, None)
 
 
-def automatic(*names: str) -> str:
+def automatic(*names: str) -> selection.Choice:
     """What `auto` takes on a machine with these devices and the CPU, whatever else this one has."""
     probes = siirl.device.probe_all()
     return selection.automatic({name: probes[name] for name in ("cpu", *names)})
@@ -86,12 +100,27 @@ def test_the_command_line_beats_the_environment_beats_the_config(
 
 def test_auto_takes_the_one_accelerator(plugins: Path) -> None:
     plug_in(plugins, "alpha")
-    assert automatic("alpha") == "alpha"
+    assert automatic("alpha") == selection.Choice("alpha", "the only kind of accelerator that is usable here")
 
 
-def test_auto_passes_over_an_accelerator_that_is_not_usable(plugins: Path) -> None:
+def test_auto_passes_over_an_accelerator_that_is_not_usable_and_warns(
+    plugins: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     plug_in(plugins, "alpha", findings='[("the fan is off", "turn it on")]')
-    assert automatic("alpha") == "cpu"
+    assert automatic("alpha") == selection.Choice("cpu", "no accelerator is usable here (alpha: the fan is off)")
+    (warning,) = caplog.messages
+    assert warning == "running on cpu, for alpha devices are here but not usable: the fan is off"
+
+
+def test_a_machine_without_accelerators_is_no_reason_to_warn(caplog: pytest.LogCaptureFixture) -> None:
+    assert automatic().device == "cpu"
+    assert not caplog.messages
+
+
+def test_what_a_device_notes_is_logged_when_it_is_taken(plugins: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plug_in(plugins, "alpha", notes='("the fan is loud",)')
+    assert selection.resolve("alpha").name == "alpha"
+    assert caplog.messages == ["device alpha: the fan is loud"]
 
 
 def test_auto_asks_when_there_are_several_kinds(plugins: Path) -> None:
@@ -111,6 +140,17 @@ def test_a_device_that_is_not_there_is_refused_with_reason_and_remedy(plugins: P
     )
 
 
+@pytest.mark.parametrize("source", ["SIIRL_DEVICE", "the configuration"])
+def test_a_refusal_says_who_named_the_device(plugins: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plug_in(plugins, "alpha", findings='[("the fan is off", "")]')
+    if source == "SIIRL_DEVICE":
+        monkeypatch.setenv("SIIRL_DEVICE", "alpha")
+    with pytest.raises(
+        DeviceError, match=rf"^device 'alpha', which {source} names, is not usable here: the fan is off$"
+    ):
+        selection.resolve(None, "auto" if source == "SIIRL_DEVICE" else "alpha")
+
+
 def test_an_unknown_device_gets_the_list_and_the_nearest_name() -> None:
     with pytest.raises(
         RequestError, match=r"unknown device 'cdua', devices known here are auto, cpu, .*mean 'cuda'\?$"
@@ -122,7 +162,7 @@ def test_a_plug_in_that_cannot_be_imported_costs_nothing_but_itself(plugins: Pat
     plug_in(plugins, "alpha", text=BROKEN)
     assert not siirl.device.probe_all()["alpha"].available
     assert "a_library_of_the_vendor" in siirl.device.probe_all()["alpha"].reason
-    assert automatic("alpha") == "cpu"
+    assert automatic("alpha").device == "cpu"
     with pytest.raises(DeviceError, match="a_library_of_the_vendor"):
         selection.resolve("alpha")
     assert collect()["devices"]["alpha"]["available"] is False
@@ -134,10 +174,40 @@ def test_a_plug_in_must_be_a_back_end(plugins: Path) -> None:
         selection.resolve("alpha")
 
 
-def test_one_name_for_two_packages_is_refused(plugins: Path) -> None:
-    install(plugins, "siirl-other", entry_points={"siirl.backends": {"cpu": "siirl_other:Backend"}})
-    with pytest.raises(RequestError, match="two packages call their back end 'cpu'"):
-        selection.resolve("cpu")
+def test_a_back_end_answers_to_one_name(plugins: Path) -> None:
+    install(
+        plugins,
+        "siirl-alpha",
+        modules={"siirl_alpha.py": PLUGIN.format(name="beta", findings="[]", replaces=None, notes="()")},
+        entry_points={"siirl.backends": {"alpha": "siirl_alpha:Backend"}},
+    )
+    with pytest.raises(DeviceError, match="'alpha' .* calls itself 'beta'"):
+        selection.resolve("alpha")
+
+
+def test_a_stand_in_wins_over_the_back_end_that_it_replaces(plugins: Path) -> None:
+    plug_in(plugins, "npu", package="other", replaces="npu")
+    assert selection.backend_class("npu").__module__ == "siirl_other"
+    assert selection.resolve("npu").name == "npu"
+    assert siirl.device.probe_all()["npu"].available
+
+
+@pytest.mark.parametrize("replaces", [None, "cuda"])
+def test_one_name_for_two_packages_is_refused(plugins: Path, replaces: str | None) -> None:
+    plug_in(plugins, "npu", package="other", replaces=replaces)
+    with pytest.raises(RequestError, match="2 packages call their back end 'npu': siirl_.* or let one say") as caught:
+        selection.resolve("npu")
+    assert "siirl_npu:NpuBackend" in str(caught.value)
+    assert "siirl_other:Backend" in str(caught.value)
+    assert selection.resolve("cpu").name == "cpu", "other devices are none the worse"
+    assert not siirl.device.probe_all()["npu"].available
+
+
+def test_two_stand_ins_for_one_back_end_are_refused(plugins: Path) -> None:
+    for package in ("other", "third"):
+        plug_in(plugins, "npu", package=package, replaces="npu")
+    with pytest.raises(RequestError, match="3 packages call their back end 'npu'"):
+        selection.resolve("npu")
 
 
 def test_select_loads_and_becomes_current() -> None:
@@ -221,8 +291,32 @@ def test_children_are_told_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_doctor_is_json_and_names_the_device_auto_would_take() -> None:
     report = json.loads(json.dumps(collect()))
     assert report["auto"]["device"] in report["devices"]
+    assert report["auto"]["reason"]
     assert report["packages"]["torch"]
     assert report["host"]["cores"] >= 1
     for device in report["devices"].values():
         assert device["available"] == (not device["problems"])
         assert device["reason"]
+        assert ("opened" in device) == device["available"]
+
+
+def test_doctor_opens_what_is_usable_and_says_what_it_can_do() -> None:
+    opened = collect()["devices"]["cpu"]["opened"]
+    assert opened["capabilities"]["compute_units"] == host.usable_cores()
+    assert set(opened["kernels"]) == set(siirl_kernels.resolved())
+    assert "float32" in opened["communication"]["dtypes"]["all_reduce"]
+
+
+def test_a_device_that_is_usable_but_does_not_open_says_why(plugins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = PLUGIN + "    def load(self):\n        raise RuntimeError('the driver has crashed')\n"
+    plug_in(plugins, "alpha", text=broken)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(plugins), os.environ.get("PYTHONPATH", "")]))
+    assert facts.ask(selection.backend_class("alpha")()) == {"error": "RuntimeError: the driver has crashed"}
+
+
+def test_doctor_prints_versions_capabilities_kernels_and_the_reason_of_the_choice() -> None:
+    done = python("from siirl.cli.main import main; main(['doctor'])", SIIRL_DEVICE="cpu", COLUMNS="200")
+    assert done.returncode == 0, done.stderr
+    for said in ("torch 2.", "compute dtypes", "kernels by torch", "siirl_cpu:CpuBackend", "--device auto "):
+        assert said in done.stdout, done.stdout
+    assert "SIIRL_DEVICE is set: without --device a run takes cpu" in done.stdout
