@@ -14,7 +14,8 @@ train: .venv/.installed
 	$(BIN)/siirl train $(RECIPE)
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check $(wildcard $(SOURCES))

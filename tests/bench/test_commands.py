@@ -11,6 +11,8 @@ import pytest
 
 from tests.bench.commands import Commands, as_it_is, slower, with_a_copy
 
+pytestmark = pytest.mark.alone
+
 SMALL = ("kernels", "dispatch", "--only=call", "--only=fwd swiglu", "--only=fwd rope torch f32")
 OP = ("kernels", "--only", "fwd swiglu")
 
