@@ -330,4 +330,4 @@ def _take(held: Sequence[Batch], names: Sequence[str], rows: Ints) -> dict[str, 
     if len(used) == 1 and np.array_equal(index, np.arange(len(held[used[0]]))) and used[0] == 0:
         return {name: held[0][name] for name in names}
     parts, rows_of = torch.from_numpy(part), torch.from_numpy(index)
-    return {name: gather([held[i][name] for i in used], parts, rows_of) for name in names}
+    return gather([held[i] for i in used], names, parts, rows_of)
