@@ -1,4 +1,4 @@
-"""Memory of a process and of all processes below it, watched from outside."""
+"""Memory and processor time of a process and of all processes below it, watched from outside."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ class Watch:
         self._held: dict[int, Held] = {}
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
+
+    def cpu_seconds(self) -> float:
+        """Processor time of all processes so far, in user and kernel mode."""
+        times = [process.cpu_times() for process in self._tree()]
+        return sum(time.user + time.system for time in times)
 
     def idle(self) -> None:
         """Take the processes' memory before they hold anything."""

@@ -1,6 +1,7 @@
 """siirl's side of vs_dataflow.py: worker processes that give each other rows by `redistribute`.
 
-python siirl_side.py WORK.json, where WORK.json says: workers, case (real or full), hops.
+python siirl_side.py WORK.json, where WORK.json says: workers, case (real or full), transport (a
+value of data.transport), hops.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch.multiprocessing as mp
 import siirl
 from siirl.data.batch import Batch, Ragged
 from siirl.data.databuffer import redistribute
+from siirl.data.transport import Transport, choose
 from siirl.device import select
 from siirl.device.collectives import Collectives
 from siirl.errors import SiirlError
@@ -57,7 +59,7 @@ def make_anchored(samples: torch.Tensor, rank: int) -> Batch:
     return Batch.concat([rows, Batch(anchor)])
 
 
-def hop(case: str, batch: Batch, collectives: Collectives) -> tuple[Batch, Any]:
+def hop(case: str, batch: Batch, collectives: Collectives, transport: Transport) -> tuple[Batch, Any]:
     """One redistribution.
 
     real: rows are dealt by tokens, and what is balanced stays. full: every sample changes worker. The rows of each
@@ -65,11 +67,12 @@ def hop(case: str, batch: Batch, collectives: Collectives) -> tuple[Batch, Any]:
     its worker, and the samples are dealt evenly among all others.
     """
     if case == "real":
-        return redistribute(batch, collectives, fields=FIELDS, split="tokens")
+        return redistribute(batch, collectives, fields=FIELDS, split="tokens", transport=transport)
     cost = batch.lengths("response_ids").clone()
     cost[-1] = cost.sum() // (collectives.size - 1)
     strata = torch.full((len(batch),), collectives.rank)
-    return redistribute(batch, collectives, fields=FIELDS, split="tokens", cost=lambda _: cost, strata=strata)
+    arrangement: dict[str, Any] = {"cost": lambda _: cost, "strata": strata}
+    return redistribute(batch, collectives, fields=FIELDS, split="tokens", transport=transport, **arrangement)
 
 
 def serve(rank: int, work: dict[str, Any], port: int, pipe: Any) -> None:
@@ -79,7 +82,8 @@ def serve(rank: int, work: dict[str, Any], port: int, pipe: Any) -> None:
     backend = select("cpu")
     backend.bind(rank, threads=1)
     collectives = Collectives.init(backend, rank, size, timeout_s=300)
-    pipe.send(os.getpid())
+    transport = choose(work["transport"], collectives)
+    pipe.send(transport.name)
     share = common.SAMPLES // size
     samples = torch.arange(rank * share, (rank + 1) * share)
     batch = result = None
@@ -92,7 +96,7 @@ def serve(rank: int, work: dict[str, Any], port: int, pipe: Any) -> None:
             result = None
             collectives.barrier()
             start = time.perf_counter()
-            result, moved = hop(case, batch, collectives)
+            result, moved = hop(case, batch, collectives, transport)
             pipe.send((start, time.perf_counter(), moved.bytes_sent, moved.rows_kept))
         else:
             assert result is not None
@@ -130,14 +134,16 @@ def main(work: dict[str, Any]) -> dict[str, Any]:
             pipe.send(order)
         return [pipe.recv() for pipe in pipes]
 
-    [pipe.recv() for pipe in pipes]
+    transport, *_ = [pipe.recv() for pipe in pipes]
     common.tell("idle")
     held = every("make")
     every("hop")
     seconds = []
+    common.tell("start")
     for _ in range(work["hops"]):
         starts, ends_, sent, kept = zip(*every("hop"), strict=True)
         seconds.append(max(ends_) - min(starts))
+    common.tell("stop")
     common.tell("begin")
     every("hop")
     common.tell("end")
@@ -152,6 +158,7 @@ def main(work: dict[str, Any]) -> dict[str, Any]:
         "seconds": seconds,
         "moved_bytes": sum(sent),
         "rows_kept": sum(kept),
+        "transport": transport,
         "held_bytes": list(held),
         "arrived_bytes": list(arrived),
         "rows": sum(rows),

@@ -116,7 +116,9 @@ def main(work: dict[str, Any]) -> dict[str, Any]:
     common.tell("idle")
     held = every("make")
     hop()
+    common.tell("start")
     seconds = [hop() for _ in range(work["hops"])]
+    common.tell("stop")
     common.tell("begin")
     hop(clear=False)
     common.tell("end")

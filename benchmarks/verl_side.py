@@ -90,7 +90,9 @@ def main(work: dict[str, Any]) -> dict[str, Any]:
     common.tell("idle")
     held = group.make()
     hop(group)
+    common.tell("start")
     seconds = [hop(group) for _ in range(work["hops"])]
+    common.tell("stop")
     common.tell("begin")
     hop(group)
     common.tell("end")

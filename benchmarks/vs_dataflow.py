@@ -16,6 +16,8 @@ the N workers holds its rows for the next stage as tensors; what it held before 
 - TransferQueue: every worker puts its rows; then every worker gets those of its neighbour. From the first call to the
   last answer. Its storage is emptied between hops, outside the time. "ragged" puts rows without padding.
 
+CPU is the processor time of all processes of a side from the first timed hop to the last, over the hops: what a machine
+with other work to do adds to the time, it does not add here.
 Memory is read from outside during a hop of its own, after the timed ones: private memory (RssAnon) and the shared
 memory a process has touched (RssShmem), every 2 ms, of every process of a side. See README.md for the environments.
 """
@@ -57,8 +59,8 @@ class Side:
 
 
 SIDES = {
-    "siirl": Side("siirl", "siirl_side.py", "siirl", "launcher", {"case": "real"}),
-    "siirl-full": Side("siirl, all move", "siirl_side.py", "siirl", "launcher", {"case": "full"}),
+    "siirl": Side("siirl", "siirl_side.py", "siirl", "launcher", {"case": "real", "transport": "auto"}),
+    "siirl-full": Side("siirl, all move", "siirl_side.py", "siirl", "launcher", {"case": "full", "transport": "auto"}),
     "verl": Side("verl", "verl_side.py", "verl", "controller"),
     "tq": Side("TransferQueue", "tq_side.py", "transfer_queue", "driver", {"case": "padded", "units": 2}),
     "tq-ragged": Side(
@@ -153,7 +155,7 @@ def run(side: Side, python: Path | str | None, work: dict[str, Any]) -> dict[str
         )
         assert process.stdin is not None and process.stdout is not None
         watch = Watch(process.pid, side.root_role)
-        result = None
+        result, cpu = None, 0.0
         for line in process.stdout:
             if not line.startswith('{"event"'):
                 continue  # a library's own words
@@ -161,6 +163,10 @@ def run(side: Side, python: Path | str | None, work: dict[str, Any]) -> dict[str
             match message.pop("event"):
                 case "idle":
                     watch.idle()
+                case "start":
+                    cpu -= watch.cpu_seconds()
+                case "stop":
+                    cpu += watch.cpu_seconds()
                 case "begin":
                     watch.begin()
                 case "end":
@@ -175,7 +181,8 @@ def run(side: Side, python: Path | str | None, work: dict[str, Any]) -> dict[str
             last = errors.read().strip()[-2000:]
             raise SiirlError(f"the run of {side.name} ended with status {process.returncode}: {last}")
     share = (sum(result["held_bytes"]) + sum(result["arrived_bytes"])) / work["workers"]
-    return result | {"share_bytes": share, "memory": memory, "times_its_share": memory["largest"]["added"] / share}
+    result |= {"cpu_s": cpu / work["hops"], "share_bytes": share}
+    return result | {"memory": memory, "times_its_share": memory["largest"]["added"] / share}
 
 
 def median(rounds: list[dict[str, Any]], side: str, value: Callable[[dict[str, Any]], float]) -> float:
@@ -190,25 +197,26 @@ def hop_seconds(run: dict[str, Any]) -> float:
 def print_table(results: dict[str, dict[str, Any]]) -> None:
     """At most 80 columns."""
     print(f"one hop of {common.SAMPLES:,} samples: median over rounds\n")
-    print(f"{'':<24}{'':>9}{'':>9}   {'largest process, MB':^32}")
-    print(f"{'workers, side':<24}{'s/hop':>9}{'MB moved':>9}  {'private':>9}{'shared':>8}{'added':>8}{'share':>8}")
+    print(f"{'':<46}{'largest process, MB':^32}".rstrip())
+    print(f"{'':<22}{'s':>8}{'CPU s':>8}{'MB':>7} {'private':>9}{'shared':>8}{'added':>8}{'share':>8}")
     for workers, result in results.items():
+        print(f"{workers} workers")
         rounds = result["rounds"]
         for name in [name for name in SIDES if name in rounds[0]]:
-            numbers = [
+            seconds, cpu, moved, private, shared, added, share = (
                 median(rounds, name, get)
                 for get in (
+                    hop_seconds,
+                    lambda run: run["cpu_s"],
                     lambda run: run["moved_bytes"] / 1e6,
                     lambda run: run["memory"]["largest"]["peak_private"] / 1e6,
                     lambda run: run["memory"]["largest"]["peak_shared"] / 1e6,
                     lambda run: run["memory"]["largest"]["added"] / 1e6,
                     lambda run: run["times_its_share"],
                 )
-            ]
-            seconds = median(rounds, name, hop_seconds)
-            moved, private, shared, added, share = numbers
+            )
             print(
-                f"{workers + ', ' + SIDES[name].name:<24}{seconds:>9.3f}{moved:>9.1f}  "
+                f" {SIDES[name].name:<21}{seconds:>8.3f}{cpu:>8.3f}{moved:>7.1f} "
                 f"{private:>9,.0f}{shared:>8,.0f}{added:>8,.0f}{share:>7.1f}×"
             )
     print_ratios(results)
