@@ -19,6 +19,7 @@ from siirl.cli.generate import generate
 from siirl.cli.plan import plan
 from siirl.cli.report import report
 from siirl.cli.train import train
+from siirl.cli.validate import validate
 from siirl.errors import RequestError, SiirlError, did_you_mean
 
 INTERRUPTED = 130
@@ -59,7 +60,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _verb in (train, plan, generate, bench, report, doctor):
+for _verb in (train, plan, generate, validate, bench, report, doctor):
     cli.add_command(_verb)
 
 

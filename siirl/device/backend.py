@@ -11,11 +11,13 @@ and dtypes outside of tensors their PyTorch names without the prefix (`bfloat16`
 from __future__ import annotations
 
 import hashlib
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from siirl.errors import SiirlError
@@ -221,6 +223,16 @@ class Backend(ABC):
     @abstractmethod
     def engines(cls) -> list[EngineSpec]:
         """Engines that run here, preferred ones first."""
+
+    @classmethod
+    def expected_failures(cls) -> Path | None:
+        """The checks of `siirl validate` that this device is known to fail; `expected_failures.toml` beside its module.
+
+        A file is read by siirl.validation.expected; None where there is none.
+        """
+        module = sys.modules[cls.__module__].__file__
+        beside = Path(module).with_name("expected_failures.toml") if module else None
+        return beside if beside and beside.is_file() else None
 
     # Stage 1: from here on `load()` has been called.
 

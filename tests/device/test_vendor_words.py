@@ -2,47 +2,17 @@
 
 from __future__ import annotations
 
-import ast
-import re
 from pathlib import Path
 
 import pytest
 
 import siirl
+from siirl.validation.hygiene import known_words
+from siirl.validation.words import Words
+from siirl_npu import NpuBackend
 
 # Every spelling counts: `torch.cuda`, `.cuda(`, `CUDA_HOME`, `CudaGraph`, "npu:0"; `input` is another word.
-ANYWHERE = re.compile(r"cuda|nccl|hccl|torch_npu|triton|vllm_ascend", re.IGNORECASE)
-BOUNDED = re.compile(r"(?<![A-Za-z])(?:npu|Npu|NPU)(?![a-z]{2})|(?<=[a-z])(?:Npu|NPU)(?![a-z])")
-
-
-def vendor_words(text: str) -> list[str]:
-    """`line: word` for every vendor word of a file's text, comments and documentation included."""
-    return [
-        f"{number}: {match.group()}"
-        for number, line in enumerate(text.splitlines(), start=1)
-        for pattern in (ANYWHERE, BOUNDED)
-        for match in pattern.finditer(line)
-    ]
-
-
-def hidden_words(source: str) -> list[str]:
-    """`line: word` for vendor words that Python puts together from several literals."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        pieces = _literal(node)
-        if pieces and (vendor_words(pieces)):
-            found.append(f"{getattr(node, 'lineno', 0)}: {pieces!r}")
-    return found
-
-
-def _literal(node: ast.AST) -> str:
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return node.value
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return _literal(node.left) + _literal(node.right)
-    if isinstance(node, ast.JoinedStr):
-        return "".join(map(_literal, node.values))
-    return _literal(node.value) if isinstance(node, ast.FormattedValue) else ""
+WORDS = Words(["cuda", "nccl", "npu", "hccl", "torch_npu", "triton", "vllm_ascend"])
 
 
 @pytest.mark.parametrize(
@@ -66,29 +36,36 @@ def _literal(node: ast.AST) -> str:
     ],
 )
 def test_the_scanner_finds_what_is_planted(planted: str) -> None:
-    assert vendor_words(f"import torch\n\n{planted}\n"), planted
+    assert WORDS.in_text(f"import torch\n\n{planted}\n"), planted
 
 
 @pytest.mark.parametrize("planted", ['getattr(torch, "cu" + "da")', 'x = "nc" "cl"', "x = f'{\"tri\"}ton'"])
 def test_the_scanner_finds_words_in_pieces(planted: str) -> None:
-    assert hidden_words(planted), planted
+    assert WORDS.hidden(planted), planted
 
 
 @pytest.mark.parametrize(
     "innocent", ["inputs = batch['input_ids']", "INPUT = 1", "class InputNorm: ...", "unpublished", "ascending = True"]
 )
 def test_the_scanner_leaves_other_words_alone(innocent: str) -> None:
-    assert not vendor_words(innocent)
-    assert not hidden_words(innocent)
+    assert not WORDS.in_text(innocent)
+    assert not WORDS.hidden(innocent)
 
 
 def test_siirl_knows_no_vendor() -> None:
     root = Path(siirl.__path__[0])
-    files = [path for path in sorted(root.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
-    assert len([path for path in files if path.suffix == ".py"]) > 10
-    found = []
-    for path in files:
-        text = path.read_bytes().decode(errors="ignore")
-        words = vendor_words(text) or (hidden_words(text) if path.suffix == ".py" else [])
-        found += [f"{path.relative_to(root.parent)}:{word}" for word in words]
-    assert not found, "\n".join(found)
+    assert len(list(root.rglob("*.py"))) > 10
+    assert not WORDS.under(root)
+
+
+def test_every_file_of_a_package_is_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "pkg" / "assets").mkdir(parents=True)
+    (tmp_path / "pkg" / "a.py").write_text('x = "nc" "cl"\n')
+    (tmp_path / "pkg" / "assets" / "page.css").write_text("\n/* hccl */\n")
+    assert WORDS.under(tmp_path / "pkg") == ["pkg/a.py:1: 'nccl'", "pkg/assets/page.css:2: hccl"]
+
+
+def test_installed_back_ends_name_their_own_words() -> None:
+    words = known_words(NpuBackend())
+    assert {"npu", "torch_npu", "hccl", "ASCEND_RT_VISIBLE_DEVICES", "cuda", "CUDA_VISIBLE_DEVICES"} <= words
+    assert not {"cpu", "gloo"} & set(Words(words).words)

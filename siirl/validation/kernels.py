@@ -1,0 +1,170 @@
+"""L2: every implementation that the back end may bind keeps its op's contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import siirl_kernels
+from siirl.validation.checks import Broken, NotApplicable, check, require
+from siirl.validation.numbers import same
+from siirl.validation.subject import Subject
+from siirl_kernels import kernels, providers, resolved, supported
+from siirl_kernels.contracts import CONTRACTS, Case, Contract, measure
+
+HOST = torch.device("cpu")
+Direction = Literal["forward", "backward"]
+FLOATS = ("float32", "float16", "bfloat16")
+
+
+def implementations(subject: Subject) -> Iterator[tuple[str, str]]:
+    """(op, provider) of what the back end may bind, the reference included: it runs on the device like any other."""
+    order = subject.backend.kernel_order()
+    for op in CONTRACTS:
+        yield from ((op, provider) for provider in order if provider in providers(op))
+
+
+def repeatable(subject: Subject) -> list[tuple[str, str]]:
+    return [pair for pair in implementations(subject) if CONTRACTS[pair[0]].deterministic]
+
+
+def batch_invariant(subject: Subject) -> list[tuple[str, str]]:
+    return [pair for pair in implementations(subject) if CONTRACTS[pair[0]].batch_invariant]
+
+
+def in_each_dtype(subject: Subject) -> Iterator[tuple[str, str, str]]:
+    claimed = subject.backend.capabilities().compute_dtypes
+    yield from ((op, provider, name) for op, provider in implementations(subject) for name in FLOATS if name in claimed)
+
+
+def taken(subject: Subject, op: str, provider: str, dtype: torch.dtype) -> list[Case]:
+    """The contract's cases that the implementation says it takes."""
+    cases = CONTRACTS[op].cases(subject.depth, dtype, subject.backend.device())
+    return [case for case in cases if supported(op, provider, case.arguments)]
+
+
+def results(function: Callable[..., Any], case: Case, contract: Contract) -> dict[Direction, list[Tensor]]:
+    """Outputs, and gradients for upstream gradients that every dtype represents."""
+    leaves = {name: case.arguments[name].detach().requires_grad_() for name in contract.differentiable}
+    out = function(**case.arguments | leaves)
+    outputs = list(out) if isinstance(out, tuple) else [out]
+    if not leaves:
+        return {"forward": outputs, "backward": []}
+    generator = torch.Generator().manual_seed(7)
+    upstream = [torch.randn(x.shape, generator=generator).bfloat16().half().to(x.device, x.dtype) for x in outputs]
+    return {"forward": outputs, "backward": list(torch.autograd.grad(outputs, list(leaves.values()), upstream))}
+
+
+@check("L2", "an implementation is as near to the truth as its contract says, gradients included", in_each_dtype)
+def accuracy(subject: Subject, op: str, provider: str, dtype_name: str) -> None:
+    contract, dtype = CONTRACTS[op], getattr(torch, dtype_name)
+    worst: dict[Direction, float] = {"forward": 0.0, "backward": 0.0}
+    cases = taken(subject, op, provider, dtype)
+    if not cases:
+        raise NotApplicable(f"it takes no case in {dtype_name}")
+    for case in cases:
+        found = results(providers(op)[provider], case, contract)
+        truth = results(providers(op)["torch"], case.to(HOST, torch.float64), contract)
+        for direction in found:
+            for number, (x, true) in enumerate(zip(found[direction], truth[direction], strict=True)):
+                _look_at(x, case, subject, contract, dtype, provider)
+                error = measure(x, true, contract.tolerance(dtype, case, direction))
+                require(
+                    error.tolerated,
+                    f"case '{case.name}', {direction} {number}: off by {error.max_abs:.3g} at most "
+                    f"({error.element_share:.3g} of what is allowed) and by {error.scale:.2g} as a whole "
+                    f"({error.scale_share:.3g} of what is allowed)",
+                )
+                worst[direction] = max(worst[direction], error.element_share, error.scale_share)
+    for direction, share in worst.items():
+        subject.measure(f"share of the tolerance used, {direction}", share, 1.0)
+
+
+def _look_at(x: Tensor, case: Case, subject: Subject, contract: Contract, dtype: torch.dtype, provider: str) -> None:
+    require(x.device == subject.backend.device(), f"case '{case.name}': the result is on {x.device}")
+    expected = torch.float32 if contract.op == "linear_log_prob" and x.dim() == 1 else dtype
+    require(x.dtype == expected, f"case '{case.name}': {provider} returns {x.dtype}, the op is defined in {expected}")
+
+
+@check("L2", "the same call gives the same bits, gradients included", repeatable)
+def repeatability(subject: Subject, op: str, provider: str) -> None:
+    contract = CONTRACTS[op]
+    subject.backend.deterministic("on")
+    try:
+        for case in taken(subject, op, provider, torch.float32):
+            first = results(providers(op)[provider], case, contract)
+            for _ in range(3):
+                again = results(providers(op)[provider], case, contract)
+                for direction in first:
+                    for x, y in zip(again[direction], first[direction], strict=True):
+                        same(x, y, f"case '{case.name}', {direction}")
+    finally:
+        subject.backend.deterministic("off")
+
+
+@check("L2", "a row comes out the same alone, bit for bit", batch_invariant)
+def batch_invariance(subject: Subject, op: str, provider: str) -> None:
+    contract, function = CONTRACTS[op], providers(op)[provider]
+    for case in taken(subject, op, provider, torch.float32):
+        together = function(**case.arguments)
+        for row in range(0, len(together), 1 if subject.depth == "full" else 7):
+            alone = case.arguments | {name: case.arguments[name][row : row + 1] for name in contract.rows}
+            if supported(op, provider, alone):
+                same(function(**alone), together[row : row + 1], f"case '{case.name}', row {row}")
+
+
+@check("L2", "no call changes its arguments", implementations)
+def arguments_stay(subject: Subject, op: str, provider: str) -> None:
+    for case in taken(subject, op, provider, torch.float32):
+        before = {name: x.clone() for name, x in case.arguments.items() if isinstance(x, Tensor)}
+        results(providers(op)[provider], case, CONTRACTS[op])
+        for name, x in before.items():
+            same(case.arguments[name], x, f"case '{case.name}', {name}")
+
+
+@check("L2", "a predicate takes some cases, answers the same twice, and no call it takes fails", implementations)
+def honest_predicate(subject: Subject, op: str, provider: str) -> None:
+    claimed = [name for name in FLOATS if name in subject.backend.capabilities().compute_dtypes]
+    accepted = 0
+    for name in claimed:
+        dtype = getattr(torch, name)
+        for case in CONTRACTS[op].cases(subject.depth, dtype, subject.backend.device()):
+            answers = [supported(op, provider, case.arguments) for _ in range(2)]
+            require(all(isinstance(answer, bool) for answer in answers), f"it answers {answers[0]!r}, not a bool")
+            require(answers[0] == answers[1], f"case '{case.name}', {name}: it answers {answers[0]}, then {answers[1]}")
+            if answers[0]:
+                accepted += 1
+                _runs(providers(op)[provider], case, CONTRACTS[op], name)
+    subject.measure("cases taken", accepted)
+    require(accepted > 0, "it takes no case of its op in any dtype")
+
+
+def _runs(function: Callable[..., Any], case: Case, contract: Contract, dtype_name: str) -> None:
+    try:
+        results(function, case, contract)
+    except Exception as error:  # whatever it is: it said it takes the call
+        raise Broken(
+            f"it takes case '{case.name}' in {dtype_name} and raises {type(error).__name__}: {error}"
+        ) from None
+
+
+@check("L2", "each op is bound to the first provider in the back end's order, and refused calls reach the reference")
+def bound_table(subject: Subject) -> None:
+    order = subject.backend.kernel_order()
+    for op, chosen in resolved().items():
+        first = next(provider for provider in order if provider in providers(op))
+        require(chosen == first, f"{op} is bound to {chosen}, first in order is {first}")
+        for case in CONTRACTS[op].cases("smoke", torch.float32, subject.backend.device()):
+            if not supported(op, chosen, case.arguments):
+                ours = getattr(kernels, op)(**case.arguments)
+                expected = providers(op)["torch"](**case.arguments)
+                for x, y in zip(_list(ours), _list(expected), strict=True):
+                    same(x, y, f"{op}, case '{case.name}', which {chosen} refuses")
+    require(siirl_kernels.table_hash() == siirl_kernels.table_hash(), "the table's hash changes")
+
+
+def _list(out: Any) -> list[Tensor]:
+    return list(out) if isinstance(out, tuple) else [out]
