@@ -11,11 +11,15 @@ from typing import Any
 import psutil
 
 INTERVAL_S = 0.002
+SHARED_EVERY = 25  # samples; finding out who else maps a page takes the kernel milliseconds
 
 
 @dataclass
 class Held:
-    """One process: its part in the work; bytes, private (anonymous) and shared (mapped and touched)."""
+    """One process: its part in the work; bytes, private (anonymous) and its part of shared memory.
+
+    A page of shared memory that n processes have touched counts 1/n for each of them.
+    """
 
     role: str
     idle_private: int = 0
@@ -46,7 +50,8 @@ class Watch:
     def idle(self) -> None:
         """Take the processes' memory before they hold anything."""
         for process in self._tree():
-            private, shared = _memory(process.pid)
+            private = _kilobytes(process.pid, "status", "RssAnon")
+            shared = _kilobytes(process.pid, "smaps_rollup", "Pss_Shmem")
             self._held[process.pid] = Held(self._role(process), private, shared)
 
     def begin(self) -> None:
@@ -62,6 +67,7 @@ class Watch:
         assert self._thread is not None
         self._stop.set()
         self._thread.join()
+        self._note(shared=True)
         held = [asdict(process) | {"added": process.added} for process in self._held.values()]
         held.sort(key=lambda process: -process["peak_private"])
         return {"largest": held[0], "processes": [process for process in held if process["added"] >= 10**6]}
@@ -79,19 +85,23 @@ class Watch:
         return command[0].removeprefix("ray::").split(":")[0].split(".")[0].split("/")[-1]
 
     def _sample(self) -> None:
+        samples = 0
         while not self._stop.is_set():
-            for pid, held in self._held.items():
-                private, shared = _memory(pid)
-                held.peak_private = max(held.peak_private, private)
-                held.peak_shared = max(held.peak_shared, shared)
+            self._note(shared=samples % SHARED_EVERY == 0)
+            samples += 1
             time.sleep(INTERVAL_S)
 
+    def _note(self, shared: bool) -> None:
+        for pid, held in self._held.items():
+            held.peak_private = max(held.peak_private, _kilobytes(pid, "status", "RssAnon"))
+            if shared:
+                held.peak_shared = max(held.peak_shared, _kilobytes(pid, "smaps_rollup", "Pss_Shmem"))
 
-def _memory(pid: int) -> tuple[int, int]:
-    """Private and shared memory in bytes; of a process that is gone, nothing."""
+
+def _kilobytes(pid: int, file: str, name: str) -> int:
+    """A number of a file of /proc in bytes; of a process that is gone, nothing."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
-        return 0, 0
-    sizes = {name: int(value.split()[0]) for name, value in (line.split(":", 1) for line in lines) if "Rss" in name}
-    return sizes.get("RssAnon", 0) * 1024, sizes.get("RssShmem", 0) * 1024
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)

@@ -18,8 +18,9 @@ the N workers holds its rows for the next stage as tensors; what it held before 
 
 CPU is the processor time of all processes of a side from the first timed hop to the last, over the hops: what a machine
 with other work to do adds to the time, it does not add here.
-Memory is read from outside during a hop of its own, after the timed ones: private memory (RssAnon) and the shared
-memory a process has touched (RssShmem), every 2 ms, of every process of a side. See README.md for the environments.
+Memory is read from outside during a hop of its own, after the timed ones, of every process of a side: private memory
+(RssAnon) every 2 ms, and its part of the shared memory (Pss_Shmem, a page over the processes that use it) every 50 ms.
+See README.md for the environments.
 """
 
 from __future__ import annotations
