@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import threading
@@ -77,5 +78,13 @@ def _end_with_launcher(launcher: int) -> None:
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
 
 
+def _leave(status: int) -> None:
+    """End without tearing the interpreter down: a thread of PyTorch that wants its lock meanwhile aborts the process."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

@@ -14,7 +14,7 @@ from tests.bench.commands import Commands
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_every_suite_runs_and_counts_what_is_recorded(bench: Commands) -> None:
     """Times of two rounds say nothing, and may grow a thousandfold."""
     done = bench("--pairs", "2", "--compare", str(RESULTS), "--tolerance", "1000")

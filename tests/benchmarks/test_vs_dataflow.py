@@ -37,7 +37,7 @@ def test_every_row_arrives_whether_few_move_or_all(tmp_path: Path) -> None:
     real, full = results["siirl"], results["siirl-full"]
     assert full["rows_kept"] == 2, "only the rows without tokens stay"
     payload = sum(full["held_bytes"]) - (4096 + 2) * 3 * 8 - 7 * 8 * (4096 + 2 + 2)  # less ids and offsets
-    assert full["moved_bytes"] == payload
+    assert 0 <= full["moved_bytes"] - payload < 2 * 8, "a segment ends at a multiple of eight bytes"
     assert real["moved_bytes"] < payload / 100, "rows that are balanced stay"
     for run in (real, full):
         assert run["memory"]["largest"]["role"] == "worker"

@@ -308,6 +308,7 @@ def test_unequal_columns_are_refused(spec):
         pool.score(["p"], ["1", "2"], [{}])
 
 
+@pytest.mark.alone
 def test_samples_are_streamed_and_not_sent_one_after_another():
     rows = [{"prompt": f"{i}+{i}=", "answer": f"{2 * i:04d}"} for i in range(512)]
     prompts, responses = [row["prompt"] for row in rows], [row["answer"] for row in rows]
