@@ -79,7 +79,7 @@ def _end_with_launcher(launcher: int) -> None:
 
 
 def _leave(status: int) -> None:
-    """End without tearing the interpreter down: a thread of PyTorch that wants its lock meanwhile aborts the process."""
+    """End without tearing the interpreter down, in which a thread that wants its lock aborts the process."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

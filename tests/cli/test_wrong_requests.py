@@ -75,10 +75,12 @@ WRONG = {
     "unknown pipeline": Wrong("train run.yaml pipeline=grop", "no such pipeline: 'grop'; did you mean 'grpo'"),
     "unknown device": Wrong("train run.yaml --device cpi", "unknown device 'cpi'.*; did you mean 'cpu'"),
     "device that is not there": Wrong(
-        "train run.yaml --device ABSENT", "device 'ABSENT', which the configuration names, is not usable here: .+", status=3
+        "train run.yaml --device ABSENT", "device 'ABSENT' is not usable here: .+", status=3
     ),
     "device of the config that is not there": Wrong(
-        "train run.yaml device=ABSENT", "device 'ABSENT' is not usable here: .+", status=3
+        "train run.yaml device=ABSENT",
+        "device 'ABSENT', which the configuration names, is not usable here: .+",
+        status=3,
     ),
     "cycle": Wrong(
         "train run.yaml pipeline=p.yaml", r"p\.yaml:5: node 'a': the nodes wait for each other in a cycle: a → b → a",
