@@ -68,6 +68,7 @@ class Plugin:
         if report.skipped and isinstance(report.longrepr, tuple):
             self._echo(f"  left out: {report.longrepr[2].removeprefix('Skipped: ')}")
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_benchmark_generate_machine_info(self) -> dict[str, str]:
         """What the key leaves out, and no host name; pytest-benchmark's own takes a second to list a CPU's flags."""
         return {"system": platform.system(), "machine": platform.machine(), "python_version": platform.python_version()}
