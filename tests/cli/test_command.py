@@ -112,7 +112,7 @@ def test_doctor_says_of_every_device_whether_and_why(siirl) -> None:
 def test_an_interrupted_command_says_so_and_leaves_130() -> None:
     code = (
         "import click, signal, time, siirl.cli.main as command\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # as in a terminal, wherever the tests were started
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # as in a terminal
         "wait = lambda: (print('waiting', flush=True), time.sleep(60))\n"
         "command.cli.add_command(click.Command('wait', callback=wait))\n"
         "command.main(['wait'])"
