@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import importlib
 import os
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -99,6 +100,10 @@ class NpuBackend(TorchBackend):
             EngineSpec("training", "fsdp"),
             EngineSpec("training", "megatron"),
         ]
+
+    def load(self) -> None:
+        super().load()
+        importlib.import_module("siirl_kernels.ascend")  # which imports the extension, so not before
 
     @property
     def torch_npu(self) -> Any:

@@ -83,6 +83,17 @@ class PackedSequences:
         return self._lengths.cumsum(0) - self._lengths
 
     @cached_property
+    def whole(self) -> Tensor | None:
+        """The packed tokens of the whole sequences, one sequence after another, int64; None where nothing is shared."""
+        if not self.parents:
+            return None
+        whole = self._prefixes + self._lengths
+        within, prefixes = _ranges(whole), self._prefixes.repeat_interleave(whole)
+        shared = self.starts[list(self.parents)].repeat_interleave(whole) + within
+        own = self.starts.repeat_interleave(whole) + within - prefixes
+        return torch.where(within < prefixes, shared, own).to(self.device)
+
+    @cached_property
     def buckets(self) -> tuple[Bucket, ...]:
         """Rectangles that cover all sequences."""
         return tuple(self._bucket(rows) for rows in self._like_rows)

@@ -45,18 +45,14 @@ def _hccl(options: Any, given: _Options | None) -> Any:
     return _device.hccl(host)
 
 
-def _give_pytorch_the_device() -> None:
-    torch.utils.rename_privateuse1_backend("npu")
+torch.utils.rename_privateuse1_backend("npu")
 
-    torch._register_device_module("npu", npu)
-    sys.modules["torch.npu"] = npu
-    torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
-    dist.Backend.register_backend("hccl", _hccl, extended_api=True, devices=["npu"])
-    # The device's own autograd thread would need the interpreter while the process ends, and abort it.
-    torch.autograd.set_multithreading_enabled(False)
-
-
-_give_pytorch_the_device()
-
-from torch_npu import npu, profiler  # noqa: E402  # both ask for the device
+from torch_npu import npu, profiler  # noqa: E402  # both ask for the device by its name
 from torch_npu._formats import Format, get_npu_format, npu_format_cast  # noqa: E402
+
+torch._register_device_module("npu", npu)
+sys.modules["torch.npu"] = npu
+torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
+dist.Backend.register_backend("hccl", _hccl, extended_api=True, devices=["npu"])
+# The device's own autograd thread would need the interpreter while the process ends, and abort it.
+torch.autograd.set_multithreading_enabled(False)
