@@ -218,7 +218,16 @@ class RunWorker:
         self._models.sync_rollout()
         worker = store.load_worker_state(self._checkpoint, self._collectives.rank)
         if worker is not None:
-            self._backend.set_rng_state(RngState.from_json(worker["rng"]))
+            self._restore_random_state(RngState.from_json(worker["rng"]), context.config.seed + state["step"])
+
+    def _restore_random_state(self, saved: RngState, new_seed: int) -> None:
+        """The saved state, or where another device saved it a fresh one that does not begin as the run did."""
+        if saved.backend == self._backend.name:
+            self._backend.set_rng_state(saved)
+            return
+        here, there = self._backend.name, saved.backend
+        log.warning("the checkpoint is of device %s: the generators of %s are seeded anew, not restored", there, here)
+        self._backend.seed(new_seed)
 
     def _export(self) -> None:
         """The trained actor as a Hugging Face directory, ``RUN_DIR/model``."""
