@@ -87,7 +87,7 @@ class TorchBackend(Backend):
     def set_rng_state(self, state: RngState) -> None:
         if state.backend != self.name:
             raise RequestError(
-                f"the random state saved on device '{state.backend}' means nothing to '{self.name}': seed it anew instead"
+                f"the random state saved on device '{state.backend}' means nothing to '{self.name}': seed it instead"
             )
         tensors = {
             name: self.torch.frombuffer(bytearray(data), dtype=self.torch.uint8) for name, data in state.states.items()
