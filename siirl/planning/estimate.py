@@ -123,6 +123,12 @@ def estimate(job: Job) -> Estimate:
     return Estimate(job, tuple(steps), job.cluster.memory(job.workers), tokens)
 
 
+def fits(job: Job) -> bool:
+    """Whether every step has the memory it needs."""
+    room = job.cluster.memory(job.workers)
+    return all(sum(memory_of(job, step).values()) <= room for step in job.steps if step.kind != "drop")
+
+
 def title(found: Estimate) -> str:
     """One line about model, cluster and lengths."""
     job = found.job
@@ -138,8 +144,9 @@ def title(found: Estimate) -> str:
 def tables(found: Estimate) -> list[Table]:
     """Memory by term, then bytes and time."""
     used = [term for term in TERMS if any(term in step.memory for step in found.steps)]
+    unit, name = (GIB, "GiB") if found.fullest.total >= GIB / 2 else (2**20, "MiB")
     memory = [
-        (step.id, *(f"{step.memory.get(term, 0) / GIB:,.1f}" for term in used), f"{step.total / GIB:,.1f}")
+        (step.id, *(_size(step.memory.get(term, 0), unit) for term in used), _size(step.total, unit))
         for step in found.steps
     ]
     times = [
@@ -147,19 +154,18 @@ def tables(found: Estimate) -> list[Table]:
             step.id,
             step.layout,
             _bytes(step.moved.total) if step.moved else "",
-            f"{step.moved.kept:.0%}" if step.moved else "",
+            f"{step.moved.kept:.1%}" if step.moved else "",
             _seconds(step.seconds),
             "" if step.share == 1 else f"{step.share:.1%}",
         )
         for step in found.steps
     ]
     times.append(("a step", "", "", "", _seconds(found.seconds), ""))
-    throughput = (
-        f"{found.tokens / found.seconds:,.0f} tokens/s, {found.tokens / found.seconds / found.job.workers:,.0f}"
-    )
+    rate = found.tokens / found.seconds
+    speed = f"estimated: {rate:,.0f} tokens/s, {rate / found.job.workers:,.0f} a worker"
     return [
         Table(
-            f"GiB a worker, of {found.room / GIB:,.1f}",
+            f"{name} a worker, of {found.room / unit:,.1f}",
             ("step", *(_SHORT[term] for term in used), "total"),
             tuple(memory),
         ),
@@ -169,6 +175,10 @@ def tables(found: Estimate) -> list[Table]:
             tuple(times),
         ),
     ]
+
+
+def _size(size: float, unit: int) -> str:
+    return f"{size / unit:,.1f}" if size else ""
 
 
 def _bytes(size: float) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from siirl.config.schema import Config
 from siirl.dag import Graph, Layout, Step, check_batch, plan_steps, rollout_layout, training_layout
@@ -28,6 +29,8 @@ class Job:
         workers: processes.
         steps, models: of the plan, the same for every worker.
         shapes: of the models in the plan, and always the actor's.
+        graph: that is planned.
+        drawn: rows that were drawn already, by their parameters; jobs made from one another share them.
     """
 
     config: Config
@@ -37,6 +40,8 @@ class Job:
     steps: tuple[Step, ...]
     models: tuple[str, ...]
     shapes: dict[str, ModelShape]
+    graph: Graph
+    drawn: dict[tuple[Any, ...], Rows] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, config: Config, cluster: Cluster, workers: int, lengths: Lengths | None = None) -> Job:
@@ -45,14 +50,22 @@ class Job:
         Raises:
             RequestError: the plan does not work, or a model's shape is not known.
         """
-        graph = Graph.from_yaml(config.pipeline)
+        graph, model = Graph.from_yaml(config.pipeline), config.model
         check_batch(config, workers, graph)
         steps, models = plan_steps(graph, config, workers)
-        model = config.model
         paths = {"actor": model.path, "reference": model.reference or model.path, "critic": model.critic or model.path}
         keys = {"actor": "model.path", "reference": "model.reference", "critic": "model.critic"}
         shapes = {name: find_shape(paths[name], keys[name]) for name in dict.fromkeys(("actor", *models))}
-        return cls(config, cluster.grown(workers), lengths or Lengths.of(config), workers, steps, models, shapes)
+        expected = lengths or Lengths.of(config)
+        return cls(config, cluster.grown(workers), expected, workers, steps, models, shapes, graph)
+
+    def changed(self, config: Config, workers: int | None = None) -> Job:
+        """The same with other degrees, sizes or workers; model and pipeline stay. Raises as `of`."""
+        count = self.workers if workers is None else workers
+        check_batch(config, count, self.graph)
+        steps, models = plan_steps(self.graph, config, count)
+        cluster = self.cluster.grown(count)
+        return replace(self, config=config, workers=count, cluster=cluster, steps=steps, models=models)
 
     @property
     def actor(self) -> ModelShape:
@@ -124,4 +137,7 @@ class Job:
         sources = max(1, round(self.rollout.data * part))
         prompts = max(sources, targets, round(data.prompts_per_step * part))
         prompts = -(-prompts // algorithm.mini_batches) * algorithm.mini_batches
-        return Rows.draw(self.lengths, prompts, self.group, algorithm.mini_batches, sources, targets, seed)
+        key = (self.lengths, prompts, self.group, algorithm.mini_batches, sources, targets, seed)
+        if key not in self.drawn:
+            self.drawn[key] = Rows.draw(*key)
+        return self.drawn[key]

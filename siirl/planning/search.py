@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from typing import Any
 
 from siirl.config.schema import Config
 from siirl.dag import ENGINE_DEGREES, Table
 from siirl.errors import RequestError
 from siirl.planning.cluster import Cluster
-from siirl.planning.estimate import GIB, Estimate, estimate
+from siirl.planning.estimate import GIB, Estimate, estimate, fits
 from siirl.planning.job import Job
 from siirl.planning.workload import Lengths
 
@@ -33,8 +34,9 @@ class Candidate:
 def search(config: Config, cluster: Cluster, workers: int, lengths: Lengths) -> list[Candidate]:
     """Every layout that fits, the fastest first; of each the largest micro-batch that fits."""
     found = []
-    for overrides in _layouts(config, cluster, workers):
-        candidate = _fitting(config, cluster, workers, lengths, overrides)
+    base = _base(config, cluster, workers, lengths)
+    for overrides in _layouts(base):
+        candidate = _fitting(base, overrides)
         if candidate is not None:
             found.append(candidate)
     return sorted(found, key=lambda candidate: candidate.estimate.seconds)
@@ -79,55 +81,59 @@ def table(found: list[Candidate], shown: int = 5) -> Table:
     )
 
 
-def _layouts(config: Config, cluster: Cluster, workers: int) -> Iterator[dict[str, Any]]:
-    """Keys of every layout: degrees are powers of two that divide the workers."""
+def _base(config: Config, cluster: Cluster, workers: int, lengths: Lengths) -> Job:
+    """A job without degrees, from which the others are made."""
+    degrees = ("tensor", "context", "pipeline", "expert")
+    plain = _with(config, {**{f"training.parallel.{name}": 1 for name in degrees}, "rollout.parallel.tensor": 1})
+    return Job.of(_with(plain, {"training.parallel.data": None}), cluster, workers, lengths)
+
+
+def _layouts(base: Job) -> Iterator[dict[str, Any]]:
+    """Keys of every layout: degrees are powers of two that divide the workers and suit the model.
+
+    Key/value heads are cut by tensor, layers by pipeline, experts by expert parallelism.
+    """
+    config, shape, workers = base.config, base.actor, base.workers
     powers = [2**i for i in range(workers.bit_length()) if workers % 2**i == 0]
-    inside = [degree for degree in powers if degree <= cluster.devices_per_node]
-    choices = {"tensor": inside, "context": powers, "pipeline": powers, "expert": powers}
+    inside = [degree for degree in powers if degree <= base.cluster.devices_per_node]
+    choices = {
+        "tensor": [degree for degree in inside if shape.num_kv_heads % degree == 0],
+        "context": powers,
+        "pipeline": [degree for degree in powers if shape.num_layers % degree == 0],
+        "expert": [
+            degree for degree in powers if degree == 1 or (shape.num_experts and not shape.num_experts % degree)
+        ],
+    }
     training = [name for name in choices if name in ENGINE_DEGREES[config.training.engine]]
     rollout = inside if "tensor" in ENGINE_DEGREES[config.rollout.engine] else [1]
+    rollout = [degree for degree in rollout if shape.num_heads % degree == 0]
     shardings = [None] if training else ["replicate", "shard"]
     for sharding, degree, *degrees in product(shardings, rollout, *(choices[name] for name in training)):
+        chosen = dict(zip(training, degrees, strict=True))
+        inner = prod(value for name, value in chosen.items() if name != "expert")
+        if workers % inner or workers // inner * chosen.get("context", 1) % chosen.get("expert", 1):
+            continue
         overrides: dict[str, Any] = {} if sharding is None else {"training.sharding": sharding}
-        overrides |= {f"training.parallel.{name}": d for name, d in zip(training, degrees, strict=True)}
-        overrides |= {"rollout.parallel.tensor": degree} if len(rollout) > 1 else {}
-        yield overrides
+        overrides |= {f"training.parallel.{name}": value for name, value in chosen.items() if value > 1}
+        yield overrides | ({"rollout.parallel.tensor": degree} if degree > 1 else {})
 
 
-def _fitting(
-    config: Config, cluster: Cluster, workers: int, lengths: Lengths, overrides: dict[str, Any]
-) -> Candidate | None:
+def _fitting(base: Job, overrides: dict[str, Any]) -> Candidate | None:
+    """The layout with the largest micro-batch that fits, or None."""
+    config = base.config
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     for halving in range(HALVINGS + 1):
         tokens = config.training.micro_batch_tokens >> halving
         if tokens < longest:
             break
         chosen = overrides | ({"training.micro_batch_tokens": tokens} if halving else {})
-        job = _job(_with(config, chosen), cluster, workers, lengths)
-        if job is None:
+        try:
+            job = base.changed(_with(config, chosen))
+        except RequestError:  # too few prompts for so many shares
             return None
-        found = estimate(job)
-        if found.fits:
-            return Candidate({key: value for key, value in chosen.items() if value != 1}, found)
+        if fits(job):
+            return Candidate(chosen, estimate(job))
     return None
-
-
-def _job(config: Config, cluster: Cluster, workers: int, lengths: Lengths) -> Job | None:
-    """The job, or None where the degrees do not suit the workers, the batch or the model."""
-    parallel = config.training.parallel
-    inner = parallel.tensor * parallel.context * parallel.pipeline
-    if workers % inner or workers // inner % max(1, parallel.expert // parallel.context):
-        return None
-    try:
-        job = Job.of(config, cluster, workers, lengths)
-    except RequestError:
-        return None
-    shape = job.actor
-    heads = shape.num_kv_heads
-    suits = heads % parallel.tensor == 0 and shape.num_heads % config.rollout.parallel.tensor == 0
-    suits &= shape.num_layers % parallel.pipeline == 0
-    suits &= parallel.expert == 1 or (shape.num_experts > 0 and shape.num_experts % parallel.expert == 0)
-    return job if suits else None
 
 
 def _with(config: Config, overrides: dict[str, Any]) -> Config:

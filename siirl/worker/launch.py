@@ -20,7 +20,7 @@ from siirl.algorithms.registry import check_names
 from siirl.config.loader import Resolved, Stage, dump
 from siirl.dag.graph import Graph
 from siirl.dag.plan import Table, all_plans_json, batch_table, check_batch
-from siirl.dag.planner import plan_steps
+from siirl.dag.planner import plan_steps, plan_worker
 from siirl.data.sources import open_source, split
 from siirl.device import resolve, select
 from siirl.device.backend import Backend
