@@ -40,7 +40,9 @@ class Plugin:
 
     def pytest_configure(self, config: pytest.Config) -> None:
         config.stash[BACKEND] = self._backend
-        config.addinivalue_line("markers", "alone: the calling thread does all the work, where the device is the host")
+        config.addinivalue_line(
+            "markers", "one_thread: the calling thread does all the work, where the device is the host"
+        )
 
     def pytest_collection_modifyitems(self, items: list[pytest.Function]) -> None:
         items[:] = [item for item in items if self._wanted(name_of(item))]
@@ -85,8 +87,8 @@ class Plugin:
 
     def _clock(self, item: pytest.Item) -> Clock:
         """The thread's own time where it does all the work: it stands still while others have the processor."""
-        alone = item.get_closest_marker("alone") is not None and not self._backend.is_accelerator()
-        return time.thread_time if alone else time.perf_counter
+        own = item.get_closest_marker("one_thread") is not None and not self._backend.is_accelerator()
+        return time.thread_time if own else time.perf_counter
 
     def _show(self, benchmark: BenchmarkFixture) -> None:
         assert benchmark.stats is not None

@@ -12,7 +12,7 @@ from siirl.bench.measure import Measure, Rate
 from siirl.device.backend import Backend
 from siirl_kernels import kernels
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.one_thread
 
 CALLS = 100
 

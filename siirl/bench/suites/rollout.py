@@ -14,7 +14,7 @@ from siirl.device.backend import Backend
 from siirl.rollout.engine import NativeEngine
 from siirl.rollout.sampling import Sampling
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.one_thread
 
 NEW_TOKENS = 24
 

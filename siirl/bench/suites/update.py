@@ -21,7 +21,7 @@ from siirl.telemetry.accumulator import StepMetrics
 from siirl.training.fsdp import TrainingEngine
 from siirl.training.losses import policy_update
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.one_thread
 
 PROMPTS, GROUP, PROMPT, LONGEST = 8, 4, 32, 48
 
