@@ -58,7 +58,7 @@ class Report:
         """One line: the promises kept, or the first that broke."""
         counts = self.counts()
         asked = counts["passed"] + counts["expected"] + counts["failed"]
-        known = f" ({counts['expected']} differences are known)" if counts["expected"] else ""
+        known = f" ({counts['expected']} known to differ)" if counts["expected"] else ""
         if not self.failures:
             return f"device '{self.device}' keeps {counts['passed']} of {asked} promises{known}"
         first = self.failures[0]

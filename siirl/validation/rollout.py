@@ -107,7 +107,7 @@ def weights_become_visible(subject: Subject) -> None:
     made.update_weights(((name, p.detach().to(subject.backend.device())) for name, p in other.named_parameters()), 5)
     after = generate(made, sampling)
     require(
-        (before.version, after.version) == (0, 5), f"the versions are {before.version} and {after.version}, not 0, 5"
+        (before.version, after.version) == (0, 5), f"the versions are {before.version} and {after.version}, not 0 and 5"
     )
     require(
         not torch.equal(before.response_ids.values, after.response_ids.values),
@@ -169,7 +169,7 @@ def endings(subject: Subject) -> None:
 
 @check("L4", "a sampled response does not depend on the batch it is drawn in")
 def batch_independence(subject: Subject) -> None:
-    sampling = Sampling(TOKENS, temperature=1.0)
+    sampling = Sampling(TOKENS, temperature=1.5)  # many responses end early, and others take their places
     ids = torch.arange(len(PROMPTS) * GROUP) * 7 + 3
     together = engine(subject).generate(PROMPTS, ids, sampling, GROUP, seed=0)
     differing = 0

@@ -48,7 +48,7 @@ class World:
         self._setup = setup
         self._workers: list[tuple[BaseProcess, Connection]] = []
 
-    def run(self, function: Callable[..., Any], *arguments: Any, deadline_s: float = DEADLINE_S) -> list[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any, deadline_s: float | None = None) -> list[Any]:
         """`function(collectives, *arguments)` on every worker at once; the results by rank.
 
         Raises:
@@ -60,13 +60,13 @@ class World:
                 raise Broken(f"worker {rank} raised {answer}")
         return answers
 
-    def try_run(self, function: Callable[..., Any], *arguments: Any, deadline_s: float = DEADLINE_S) -> list[Any]:
+    def try_run(self, function: Callable[..., Any], *arguments: Any, deadline_s: float | None = None) -> list[Any]:
         """As `run`, but what a worker raised is its answer."""
         if not self._workers:
             self._start()
         for _, pipe in self._workers:
             pipe.send((function.__module__, function.__qualname__, arguments))
-        return self._collect(deadline_s, f"{function.__name__}{arguments}")
+        return self._collect(deadline_s or DEADLINE_S, f"{function.__name__}{arguments}")
 
     def close(self) -> None:
         """End all workers."""
