@@ -17,7 +17,8 @@ from siirl.cli.main import cli
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "ci").glob("*.sh"))
 RUNNABLE = [script for script in SCRIPTS if script.stem != "common"]
-SHELL = [*SCRIPTS, ROOT / ".ci" / "run", ROOT / "docker" / "npu-entrypoint.sh"]
+ACME = ROOT / "docs" / "examples" / "siirl-acme" / "ci" / "acme.sh"
+SHELL = [*SCRIPTS, ACME, ROOT / ".ci" / "run", ROOT / "docker" / "npu-entrypoint.sh"]
 
 # Stands in for the environment's siirl: writes down each call, has two devices, fails as a test asks.
 SIIRL = """#!{python}
@@ -27,7 +28,7 @@ with open({calls!r}, "a") as file:
     file.write(json.dumps(sys.argv[1:]) + "\\n")
 if verb == "doctor":
     device = {{"available": {usable}, "count": 2, "reason": "2 devices", "fixes": []}}
-    print(json.dumps({{"devices": dict.fromkeys(["cpu", "cuda", "npu"], device)}}))
+    print(json.dumps({{"devices": dict.fromkeys(["cpu", "cuda", "npu", "acme"], device)}}))
 sys.exit({statuses}.get(verb, 0))
 """
 
@@ -82,7 +83,6 @@ def run_script(
     return done, [json.loads(line) for line in calls.read_text().splitlines()]
 
 
-@pytest.mark.xfail("validate" not in cli.commands, reason="siirl validate is not registered", strict=True)
 @pytest.mark.parametrize("script", RUNNABLE, ids=lambda path: path.name)
 def test_every_step_calls_a_verb_with_options_that_it_has(script: Path, tmp_path: Path) -> None:
     done, calls = run_script(script, tmp_path, LEVEL="smoke", SUITES="kernels update")
@@ -101,6 +101,13 @@ def test_every_step_calls_a_verb_with_options_that_it_has(script: Path, tmp_path
         "train",
     ]
     assert calls[3][-1] == str(results / "run")
+
+
+def test_a_script_of_another_package_runs_the_same_steps(tmp_path: Path) -> None:
+    done, calls = run_script(ACME, tmp_path, SIIRL=str(ROOT))
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert [call[0] for call in calls] == ["doctor", "validate", "bench", "train"]
+    assert all(call[call.index("--device") + 1] == "acme" for call in calls[1:])
 
 
 def test_a_failed_step_is_the_exit_status_and_the_others_run(tmp_path: Path) -> None:

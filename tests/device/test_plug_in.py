@@ -39,7 +39,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-@pytest.mark.parametrize("file", ["siirl-metax/siirl_metax/__init__.py", "siirl_acme/__init__.py"])
+@pytest.mark.parametrize("file", ["siirl-metax/siirl_metax/__init__.py", "siirl-acme/siirl_acme/__init__.py"])
 def test_a_plug_in_is_short(file: str) -> None:
     assert len((EXAMPLES / file).read_text().splitlines()) < 150
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 import siirl_kernels
-from siirl.device import TorchBackend
+from siirl.device import Role, TorchBackend
+from siirl.validation.checks import all_checks
+from siirl.validation.expected import read_expected
 from tests.device.distribution import install, python
 from tests.docs.conftest import RECIPE, Finished, run_example
 from tests.docs.pages import ROOT, blocks, code, table_cells
 
 EXAMPLES = ROOT / "docs" / "examples"
+ACME = EXAMPLES / "siirl-acme"
 STEPS = (1, 2)
 
 
@@ -120,20 +125,19 @@ def test_the_examples_do_not_depend_on_the_number_of_workers(example: Finished, 
 
 
 def test_the_kernel_computes_what_the_reference_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.syspath_prepend(ACME)
     import siirl_acme.kernels
 
     try:
         assert siirl_kernels.bind(["acme", "torch"]) == dict.fromkeys(siirl_kernels.resolved(), "torch") | {
             "swiglu": "acme"
         }
-        assert siirl_kernels.kernels.swiglu is siirl_acme.kernels.swiglu
     finally:
         siirl_kernels.bind(["torch"])
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(5, 7, dtype=torch.float64, generator=generator, requires_grad=True) for _ in range(2)]
+    inputs = [torch.randn(5, 7, generator=generator, requires_grad=True) for _ in range(2)]
     results = []
-    for function in (siirl_kernels.kernels.swiglu, siirl_acme.kernels.swiglu):
+    for function in (siirl_kernels.providers("swiglu")["torch"], siirl_acme.kernels.swiglu):
         out = function(*inputs)
         results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
     for expected, given in zip(*results, strict=True):
@@ -142,15 +146,33 @@ def test_the_kernel_computes_what_the_reference_computes(monkeypatch: pytest.Mon
 
 @pytest.fixture
 def acme(tmp_path: Path) -> tuple[Path, Path]:
-    """The example's package installed with the entry points that the page shows."""
-    (block,) = blocks("toml", "entry points")
-    groups = tomllib.loads(block.text)["project"]["entry-points"]
-    return install(tmp_path, "siirl-acme", entry_points=groups), EXAMPLES
+    """The example's package installed with the entry points of its project file."""
+    groups = tomllib.loads((ACME / "pyproject.toml").read_text())["project"]["entry-points"]
+    return install(tmp_path, "siirl-acme", entry_points=groups), ACME
 
 
 def test_the_table_lists_what_a_back_end_adds() -> None:
-    listed = [name for cell in table_cells("docs/extend.md", "## A back end") for name in code(cell)]
+    listed = [name for cell in table_cells("docs/vendors.md", "## 3. The seven methods") for name in code(cell)]
     assert sorted(name.partition("(")[0] for name in listed) == sorted(TorchBackend.__abstractmethods__)
+    assert len(listed) == 7
+
+
+def test_the_page_names_what_a_back_end_may_override() -> None:
+    listed = [code(cell)[0] for cell in table_cells("docs/vendors.md", "## 4. What else may differ")]
+    names = [re.match(r"\w+", name)[0] for name in listed]  # type: ignore[index]
+    assert {"CommSpec"} == {name for name in names if not hasattr(TorchBackend, name)}
+    page = (ROOT / "docs" / "vendors.md").read_text()
+    assert all(f"`{role}`" in page for role in get_args(Role))
+
+
+def test_the_expected_failures_of_the_page_are_accepted(tmp_path: Path) -> None:
+    (block,) = blocks("toml", "expected failures")
+    (tmp_path / "expected_failures.toml").write_text(block.text)
+    (entry,) = read_expected(tmp_path / "expected_failures.toml")
+    ids = {f"{check.level}.{check.name}" for check in all_checks()}
+    assert entry.check in ids
+    page = (ROOT / "docs" / "vendors.md").read_text()
+    assert {name.partition("[")[0] for name in re.findall(r"`(L\d\.\w+[^`]*)`", page)} <= ids
 
 
 def test_doctor_lists_the_example_back_ends(acme: tuple[Path, Path]) -> None:

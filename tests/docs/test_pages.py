@@ -22,7 +22,9 @@ CHECKED = {
     ("python", "run"),
     ("yaml", "file:"),
     ("yaml", "recipe"),
-    ("toml", "entry"),
+    ("toml", "file:"),
+    ("toml", "expected"),
+    ("bash", "file:"),
     ("console", ""),
 }
 
