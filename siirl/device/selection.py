@@ -13,6 +13,7 @@ from siirl.errors import DeviceError, RequestError, SiirlError, did_you_mean
 
 GROUP = "siirl.backends"
 VARIABLE = "SIIRL_DEVICE"
+HOST = "cpu"  # other back ends of the host are for trying kernels, and are taken by name alone
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # "0" keeps `import torch` from importing every installed extension
 
 log = logging.getLogger(__name__)
@@ -90,11 +91,12 @@ def automatic(probes: dict[str, Probe]) -> Choice:
         raise DeviceError(f"no device is usable here: {reasons or f'no package fills the entry-point group {GROUP}'}")
     if accelerators:
         return Choice(accelerators[0], "the only kind of accelerator that is usable here")
+    chosen = HOST if HOST in usable else usable[0]
     for name, probe in probes.items():
         if probe.present and not probe.available:
-            log.warning("running on %s, for %s devices are here but not usable: %s", usable[0], name, probe.reason)
+            log.warning("running on %s, for %s devices are here but not usable: %s", chosen, name, probe.reason)
     reasons = "; ".join(f"{name}: {probe.reason}" for name, probe in probes.items() if not probe.available)
-    return Choice(usable[0], f"no accelerator is usable here{f' ({reasons})' if reasons else ''}")
+    return Choice(chosen, f"no accelerator is usable here{f' ({reasons})' if reasons else ''}")
 
 
 def probe_all() -> dict[str, Probe]:

@@ -117,6 +117,13 @@ def test_a_machine_without_accelerators_is_no_reason_to_warn(caplog: pytest.LogC
     assert not caplog.messages
 
 
+def test_a_variant_of_the_host_is_taken_by_name_alone(plugins: Path) -> None:
+    variant = PLUGIN.replace("return True", "return False")
+    plug_in(plugins, "alpha", text=variant)
+    assert automatic("alpha").device == "cpu"
+    assert selection.resolve("alpha").name == "alpha"
+
+
 def test_what_a_device_notes_is_logged_when_it_is_taken(plugins: Path, caplog: pytest.LogCaptureFixture) -> None:
     plug_in(plugins, "alpha", notes='("the fan is loud",)')
     assert selection.resolve("alpha").name == "alpha"
