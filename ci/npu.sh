@@ -10,7 +10,8 @@
 #   PYTHON=python3          makes the environment; 3.11 or newer
 #   VENV=DIR                the environment; default .venv-ci-DEVICE
 #   INSTALL=0               use VENV as it is
-#   TORCH=torch==2.13.0     the PyTorch to install, TORCH_INDEX=URL where from
+#   TORCH=torch==2.13.0     the PyTorch to install, TORCH_INDEX=URL where from: torch-npu
+#                           refuses a build for CUDA, so on x86-64 name the index of PyTorch's CPU builds
 #   LEVEL=smoke|full        of siirl validate; default full
 #   SUITES="kernels train"  of siirl bench; default all
 #   BASELINES=DIR           records that siirl bench compares with; default benchmarks/results
@@ -31,8 +32,6 @@ if [ -z "${ASCEND_HOME_PATH:-}" ] && [ -f "$CANN_ENV" ]; then
 fi
 
 DEVICE=npu
-# torch-npu refuses a PyTorch that is built for CUDA.
-TORCH_INDEX=${TORCH_INDEX-https://download.pytorch.org/whl/cpu}
 PACKAGES=${TORCH_NPU:-torch-npu==2.13.0}
 # shellcheck source=ci/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
