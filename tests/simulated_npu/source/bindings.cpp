@@ -2,6 +2,7 @@
 // take most of the time of a compilation.
 #include "collectives.h"
 #include "device.h"
+#include "graph.h"
 #include "memory.h"
 #include "operators.h"
 #include "runtime.h"
@@ -72,6 +73,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   });
   module.def("memory_format", [](const at::Tensor& tensor) { return block_of(tensor).format; });
   module.def("set_memory_format", [](const at::Tensor& tensor, int format) { block_of(tensor).format = format; });
+  py::class_<Graph>(module, "Graph")
+      .def(py::init<>())
+      .def("begin", &Graph::begin)
+      .def("end", &Graph::end)
+      .def("replay", &Graph::replay);
   module.def("hccl", [](const c10::intrusive_ptr<c10d::Backend>& host) {
     return c10::intrusive_ptr<c10d::Backend>(c10::make_intrusive<Hccl>(host));
   });

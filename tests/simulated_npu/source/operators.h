@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device.h"
+#include "graph.h"
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
@@ -28,6 +29,7 @@ using Stack = torch::jit::Stack;
 
 struct Plan {
   bool view = false;         // a result shares memory with an argument that is not written
+  bool product = false;      // of matrices, which the device multiplies in some data types only
   bool random = false;       // draws random numbers
   int generator = -1;        // the argument that is a generator
   std::vector<int> out;      // arguments that only receive results
@@ -35,7 +37,10 @@ struct Plan {
 };
 
 inline Plan make_plan(const c10::FunctionSchema& schema, bool random) {
+  static const std::unordered_set<std::string> products{"aten::mm",    "aten::bmm", "aten::addmm", "aten::baddbmm",
+                                                        "aten::addmv", "aten::mv",  "aten::dot",   "aten::addbmm"};
   Plan plan;
+  plan.product = products.count(schema.name()) > 0;
   plan.random = random;
   const auto& arguments = schema.arguments();
   for (size_t i = 0; i < arguments.size(); i++) {
@@ -121,6 +126,13 @@ inline Device common_device(const c10::OperatorHandle& op, c10::ArrayRef<c10::IV
   TORCH_CHECK(device.type() == kNpu, "Expected all tensors to be on the same device, but found at least two devices, ",
               device, " and npu! (when calling ", op.operator_name(), ")");
   return device;
+}
+
+// The vendor's matrix products (aclnnMm and its kin) list float16, bfloat16 and float32.
+inline void check_product(const c10::OperatorHandle& op, const at::Tensor& first) {
+  const auto dtype = first.scalar_type();
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16, op.operator_name(),
+              ": the npu multiplies matrices of Float, Half and BFloat16, not of ", dtype);
 }
 
 // ------------------------------------------------------------------------------------------- running on the host
@@ -227,6 +239,21 @@ class DeviceRandomness {
   at::Tensor before_;
 };
 
+inline void run_operator(const c10::OperatorHandle& op, Stack* stack);
+
+// A replay computes from the same arguments, whatever is in them by then, into the results of the recording.
+inline void record(const c10::OperatorHandle& op, const std::vector<c10::IValue>& arguments,
+                   const std::vector<c10::IValue>& results) {
+  Graph::record([op, arguments, results] {
+    Stack stack = arguments;
+    run_operator(op, &stack);
+    for (size_t i = 0; i < results.size(); i++) {
+      if (!results[i].isTensor() || !results[i].toTensor().defined() || results[i].is(stack[i])) continue;
+      on_host(results[i].toTensor()).copy_(on_host(stack[i].toTensor()));
+    }
+  });
+}
+
 inline void run_operator(const c10::OperatorHandle& op, Stack* stack) {
   const auto& plan = called(op);
   const size_t count = op.schema().arguments().size();
@@ -234,8 +261,12 @@ inline void run_operator(const c10::OperatorHandle& op, Stack* stack) {
   const auto device = common_device(op, arguments);
   TORCH_CHECK_NOT_IMPLEMENTED(!plan.view, "the simulated npu has no '", op.operator_name(), "', which is a view");
   const c10::DeviceGuard guard(device);
+  if (plan.product) check_product(op, arguments[0].toTensor());
+  std::vector<c10::IValue> recorded;
+  if (Graph::recording()) recorded = arguments.vec();
   const DeviceRandomness randomness(plan, stack, count, device);
   run_on_host(op, plan, stack, device);
+  if (Graph::recording()) record(op, recorded, {stack->end() - static_cast<int64_t>(plan.same_as.size()), stack->end()});
 }
 
 // ------------------------------------------------------------------------------------- operators of the device's own
@@ -255,7 +286,9 @@ inline at::Tensor empty_strided(c10::IntArrayRef sizes, c10::IntArrayRef strides
                                            c10::dtype_or_default(dtype));
 }
 
-inline at::Tensor copy_from(const at::Tensor& source, const at::Tensor& target, bool) {
+inline at::Tensor copy_from(const at::Tensor& source, const at::Tensor& target, bool non_blocking) {
+  if (target.is_cpu()) Graph::refuse("copying to the host");
+  Graph::record([=] { copy_from(source, target, non_blocking); });
   const auto place = [](const at::Tensor& tensor) { return tensor.is_cpu() ? "host" : "device"; };
   count(&Counters::copies, std::string(place(source)) + " to " + place(target), static_cast<int64_t>(target.nbytes()));
   auto to = target.is_cpu() ? target : on_host(target);
@@ -269,6 +302,7 @@ inline at::Tensor copy_from_and_resize(const at::Tensor& source, const at::Tenso
 }
 
 inline at::Scalar item(const at::Tensor& tensor) {
+  Graph::refuse("reading a value");
   count(&Counters::copies, "device to host", static_cast<int64_t>(tensor.nbytes()));
   return on_host(tensor).item();
 }

@@ -197,6 +197,27 @@ def get_amp_supported_dtype() -> list[torch.dtype]:
     return [torch.float16, torch.bfloat16, torch.float32]
 
 
+class NPUGraph:
+    """Work that is recorded once and done again by `replay`, on the same memory."""
+
+    def __init__(self) -> None:
+        self._recorded = _device.Graph()
+
+    def replay(self) -> None:
+        with torch.inference_mode():
+            self._recorded.replay()
+
+
+@contextmanager
+def graph(npu_graph: NPUGraph) -> Iterator[None]:
+    """Records what the block does, besides doing it."""
+    npu_graph._recorded.begin()
+    try:
+        yield
+    finally:
+        npu_graph._recorded.end()
+
+
 class _Config:
     """Settings of the extension. Casting to a private memory format does nothing before it is allowed."""
 
