@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from siirl.model.decoder import PackedAttention
 from siirl.model.tokenizer import char_tokenizer
 from siirl_kernels.packing import PackedSequences
+from tests.device_under_test import device
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 120,
@@ -46,11 +47,12 @@ def save(model: PreTrainedModel, directory: Path, **settings: Any) -> Path:
 
 
 def run_packed(model: nn.Module, sequences: list[list[int]]) -> list[Tensor]:
-    """Logits of each sequence, all packed into one call."""
-    packed = PackedSequences(tuple(map(len, sequences)), torch.device("cpu"))
-    tokens = torch.tensor([token for sequence in sequences for token in sequence])
+    """Logits of each sequence, all packed into one call on the device under test; it keeps the model."""
+    model.to(device())
+    packed = PackedSequences(tuple(map(len, sequences)), device())
+    tokens = torch.tensor([token for sequence in sequences for token in sequence], device=device())
     hidden = model(tokens, packed.positions, PackedAttention(packed))
-    return list(model.logits(hidden).split(packed.lengths))
+    return list(model.logits(hidden).cpu().split(packed.lengths))
 
 
 def run_alone(model: PreTrainedModel, sequences: list[list[int]]) -> list[Tensor]:

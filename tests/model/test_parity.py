@@ -87,7 +87,7 @@ def test_gradients(pair: tuple[Decoder, PreTrainedModel], sequences: list[list[i
         want = expected[name]
         assert want is not None
         assert parameter.grad is not None
-        assert float((parameter.grad - want).abs().max()) <= 1e-4 * float(want.abs().max()), name
+        assert float((parameter.grad.cpu() - want).abs().max()) <= 1e-4 * float(want.abs().max()), name
 
 
 def test_logits_in_bfloat16_are_near(saved: Saved, sequences: list[list[int]]) -> None:

@@ -12,6 +12,7 @@ from siirl.model.load import load_model
 from siirl.rollout.engine import LENGTH, STOP, NativeEngine, compact
 from siirl.rollout.sampling import Sampling
 from siirl_kernels.packing import PackedSequences
+from tests.device_under_test import device
 
 FAMILIES = ["llama", "qwen2", "qwen3"]
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17], [20, 21], [40, 41, 42, 43]]
@@ -35,7 +36,7 @@ def tiny(family: str = "qwen3", eos: tuple[int, ...] = ()) -> Decoder:
     )
     decoder = Decoder(config)
     decoder.initialize(torch.Generator().manual_seed(1))
-    return decoder
+    return decoder.to(device())
 
 
 def engine(decoder: torch.nn.Module, **options) -> NativeEngine:
@@ -78,10 +79,11 @@ def test_log_probs_are_those_of_a_packed_forward_pass(temperature: float) -> Non
     done = generate(decoder, Sampling(12, temperature))
     for i, (response, log_probs) in enumerate(zip(done.response_ids.rows(), done.log_probs.rows(), strict=True)):
         prompt = torch.tensor(PROMPTS[i // 3])
-        sequence = PackedSequences((len(prompt) + len(response),), torch.device("cpu"))
+        sequence = PackedSequences((len(prompt) + len(response),), device())
+        tokens = torch.cat((prompt, response)).to(device())
         with torch.no_grad():
-            hidden = decoder(torch.cat((prompt, response)), sequence.positions, PackedAttention(sequence))
-            logits = decoder.logits(hidden[len(prompt) - 1 : -1]) / temperature
+            hidden = decoder(tokens, sequence.positions, PackedAttention(sequence))
+            logits = decoder.logits(hidden[len(prompt) - 1 : -1]).cpu() / temperature
         expected = torch.log_softmax(logits, -1).gather(1, response[:, None]).squeeze(1)
         torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=0)
 

@@ -11,7 +11,6 @@ import torch.multiprocessing as mp
 
 from siirl.config.schema import Config
 from siirl.data.batch import Batch
-from siirl.device import select
 from siirl.device.collectives import Collectives
 from siirl.model.critic import ValueModel
 from siirl.model.decoder import Decoder
@@ -19,6 +18,7 @@ from siirl.telemetry.accumulator import StepMetrics
 from siirl.training.fsdp import TrainingEngine
 from siirl.training.losses import LOSSES
 from siirl.training.optimizer import lr_factor
+from tests import device_under_test
 from tests.training.batches import batch, config, decoder
 
 AGGREGATIONS = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
@@ -27,8 +27,8 @@ AGGREGATIONS = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-
 def engine(
     settings: Config, collectives: Collectives | None = None, model: torch.nn.Module | None = None
 ) -> TrainingEngine:
-    backend = select("cpu")
-    made = TrainingEngine(model or decoder(), settings.training, backend, collectives or Collectives.single(), "actor")
+    backend, workers = device_under_test.backend(), collectives or Collectives.single()
+    made = TrainingEngine(model or decoder(), settings.training, backend, workers, "actor")
     made.begin(settings, settings.training.lr)
     return made
 
@@ -43,7 +43,7 @@ def update(
 
 
 def weights(trained: TrainingEngine) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in trained.named_weights()}
+    return {name: tensor.cpu().clone() for name, tensor in trained.named_weights()}
 
 
 def padded_policy_loss(model: Decoder, samples: Batch, settings: Config) -> torch.Tensor:
@@ -150,7 +150,9 @@ def _worker(rank: int, size: int, port: int, sharding: str, rows: list[list[int]
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     settings = config(training__sharding=sharding, training__micro_batch_tokens=24, algorithm__mini_batches=2)
-    collectives = Collectives.init(select("cpu"), rank, size, 60)
+    backend = device_under_test.backend()
+    backend.bind(rank)
+    collectives = Collectives.init(backend, rank, size, 60)
     trained, metrics = update(settings, batch().take(rows[rank]), steps=3, collectives=collectives)
     torch.save((weights(trained), metrics), f"{folder}/{rank}.pt")
     collectives.close()
