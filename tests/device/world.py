@@ -40,7 +40,8 @@ def _enter(function: Callable[[int, int], Any], rank: int, size: int, port: int,
     os.environ["MASTER_PORT"] = str(port)
     os.environ.pop("MASTER_ADDR", None)
     from siirl.device import select
+    from tests.device_under_test import NAME
 
-    select("cpu").bind(rank, threads=1)
+    select(NAME).bind(rank, threads=1)
     ready.wait(120)
     sender.send(function(rank, size))

@@ -171,11 +171,11 @@ class Hccl final : public c10d::Backend {
       return at::cat(rows);
     };
     auto packed = flat(from, sent), arrived = flat(to, received);
-    auto done = host_->alltoall_base(arrived, packed, received, sent, options);
-    return work(done, outputs, [to, arrived, received] {
+    const auto spread = [to, arrived, received] {  // with its own sizes: the host's library takes those it is given
       const auto parts = arrived.split_with_sizes(received);
       for (size_t i = 0; i < to.size(); i++) at::Tensor(to[i]).copy_(parts[i].view(to[i].sizes()));
-    });
+    };
+    return work(host_->alltoall_base(arrived, packed, received, sent, options), outputs, spread);
   }
 
   WorkPtr send(Tensors& tensors, int to, int tag) override {

@@ -1,20 +1,21 @@
 """What a test asks of the simulated device from inside a process that runs on it: count, limit, take away.
 
-Of the real device's surface nothing is here; that is `torch_npu`, which imports this package.
+Of the real device's surface nothing is here; that is `torch_npu`.
 """
 
 from __future__ import annotations
 
 import atexit
-import collections
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-import simulated_npu_device as device
+import torch  # whose libraries the device is linked with
 
-fused: collections.Counter[str] = collections.Counter()
+# isort: split
+import simulated_npu_device as device
+from torch_npu._ops import fused
 
 
 def counters(index: int = 0) -> dict[str, Any]:

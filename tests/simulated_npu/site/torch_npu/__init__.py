@@ -9,9 +9,11 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
-import torch
+import torch  # whose libraries the device is linked with
 import torch.distributed as dist
-from simulated_npu import device as _device
+
+# isort: split
+import simulated_npu_device as _device
 
 from torch_npu._ops import (
     npu_fusion_attention,
@@ -56,3 +58,5 @@ torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
 dist.Backend.register_backend("hccl", _hccl, extended_api=True, devices=["npu"])
 # The device's own autograd thread would need the interpreter while the process ends, and abort it.
 torch.autograd.set_multithreading_enabled(False)
+
+import simulated_npu  # noqa: E402  # which may have a report to write at the end

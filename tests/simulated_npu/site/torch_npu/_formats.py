@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import enum
 
+import simulated_npu_device as device
 import torch
-from simulated_npu import device
 
 from torch_npu import npu
 

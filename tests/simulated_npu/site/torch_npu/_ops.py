@@ -8,13 +8,13 @@ Shapes: T tokens, N query heads, K key/value heads, D head size, S tokens of one
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from simulated_npu import fused
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -28,6 +28,7 @@ ROTARY_MODES = ("half", "interleave")
 COMPRESSED = 2048  # rows and columns of the mask that stands for a triangle of any size
 LEFT_UP, RIGHT_DOWN = 2, 3  # sparse modes: where the triangle begins, where it ends
 MOST_SEQUENCES = 1024  # of one call with sequences of different lengths
+fused: collections.Counter[str] = collections.Counter()  # calls
 _triangles: WeakIdKeyDictionary = WeakIdKeyDictionary()  # masks that were looked at, and their version then
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import simulated_npu_device as _device
 import torch
-from simulated_npu import device as _device
 
 Device = torch.device | str | int | None
 
