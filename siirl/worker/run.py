@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from siirl.algorithms.kl import kl_controller
 from siirl.checkpoint import store
@@ -24,6 +25,7 @@ from siirl.data.sources import open_source, split
 from siirl.data.transport import choose as choose_transport
 from siirl.device.backend import Backend, RngState
 from siirl.device.collectives import Collectives
+from siirl.errors import SiirlError
 from siirl.model.export import save_pretrained
 from siirl.rewards.pool import RewardPool
 from siirl.rewards.registry import choose
@@ -259,7 +261,13 @@ def run_worker(
         log.warning("training.deterministic is not met in full: %s", unmet)
     collectives = Collectives.init(backend, rank, workers, config.timeout_s)
     started = time.perf_counter()
-    stopped = RunWorker(resolved, run_dir, backend, collectives, resume).run()
+    try:
+        stopped = RunWorker(resolved, run_dir, backend, collectives, resume).run()
+    except torch.OutOfMemoryError as error:
+        raise SiirlError(
+            f"worker {rank} has no memory left on {backend.device()}: lower training.micro_batch_tokens or "
+            f"rollout.max_sequences, or spread the weights with training.sharding=shard ({error})"
+        ) from error
     log.info("worker %d ran for %.1f s", rank, time.perf_counter() - started)
     collectives.close()
     return stopped

@@ -26,7 +26,6 @@ SHORT = (
     "data.max_prompt_tokens=4",
     "data.held_out=20",
     "rollout.max_new_tokens=3",
-    "training.lr=1e-3",
     "training.lr_schedule=constant",
     "algorithm.mini_batches=2",
     "evaluation.every=0",
@@ -34,9 +33,11 @@ SHORT = (
     "logging.tensorboard=false",
     "logging.report=false",
 )
-# Numbers of a step that the sampled tokens do not round off. Float32 sums are added up in another order in the fused
-# ops, so the last bits differ: steps of AdamW, which divides by the gradient's size, carry 1e-7 to 1e-4 in 60 of them.
-CLOSE = {"actor/loss": 2e-3, "actor/grad_norm": 2e-3, "actor/entropy": 2e-3, "critic/loss": 2e-3}
+# Bits are not equal: the fused ops round fewer times than what they stand for, and add up in another order. Training
+# multiplies what it begins with, 1e-8 of a loss in the first step, by a third in each step; the lengths below end at
+# 1e-5 of a loss and 1e-4 of a gradient's size.
+TOLERANCE = 5e-4
+CLOSE = ("actor/loss", "actor/grad_norm", "actor/entropy", "critic/loss")
 
 
 def quickstart(run_dir: Path, device: str, steps: int, warmup: int, *arguments: str) -> list[dict[str, Any]]:
@@ -51,9 +52,9 @@ def assert_same_curve(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) 
         where = (mine["stage"], mine["step"])
         # tokens come from the same uniform numbers: one that lies within a rounding of a boundary may fall elsewhere
         assert mine.get("reward/mean", 0) == pytest.approx(other.get("reward/mean", 0), abs=0.02), where
-        for key, tolerance in CLOSE.items():
+        for key in CLOSE:
             if key in other:
-                assert mine[key] == pytest.approx(other[key], rel=tolerance, abs=tolerance), (where, key)
+                assert mine[key] == pytest.approx(other[key], rel=TOLERANCE, abs=TOLERANCE), (where, key)
 
 
 @pytest.mark.slow
@@ -61,14 +62,15 @@ def assert_same_curve(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) 
 def test_the_learning_curve_is_the_hosts(pipeline: str, npu: None, tmp_path: Path) -> None:
     """Supervised steps, then GRPO or PPO; PPO with its weights sharded over both devices."""
     arguments = [f"pipeline={pipeline}", *(["training.sharding=shard"] if pipeline == "ppo" else [])]
-    steps, warmup = (12, 50) if pipeline == "grpo" else (4, 20)
+    steps, warmup = (6, 25) if pipeline == "grpo" else (4, 10)
     device = quickstart(tmp_path / "npu", "npu", steps, warmup, *arguments)
     host = quickstart(tmp_path / "cpu", "cpu", steps, warmup, *arguments)
     assert_same_curve(device, host)
     supervised = [line["actor/loss"] for line in device if line["stage"] == "warmup.0"]
     assert supervised[-1] < 0.5 * supervised[0]
     if pipeline == "grpo":
-        assert sum(line["reward/mean"] for line in device[-3:]) / 3 > 0.15  # one guess of 19 sums is right by chance
+        # a model that had learned nothing would guess one answer of 99 characters and more
+        assert min(line["reward/mean"] for line in device if line["stage"] == "main") > 0.03
     assert all(line["memory/device_peak_bytes"] > 0 for line in device if line["stage"] == "main")
     log = (tmp_path / "npu/logs/worker_001.log").read_text()
     assert "'packed_attention': 'ascend'" in log
@@ -127,7 +129,8 @@ def test_a_device_too_small_for_the_model_ends_the_run_with_a_sentence(
     for key, value in simulated_npu.environment(memory_bytes=200_000).items():
         monkeypatch.setenv(key, value)
     said = runs.run(runs.write_recipe(tmp_path), tmp_path / "run", "--device", "npu", status=1)
-    assert "NPU out of memory. Tried to allocate" in said
+    assert "worker 0 has no memory left on npu:0: lower training.micro_batch_tokens or" in said
+    assert "NPU out of memory. Tried to allocate" in said and "Traceback" not in said
 
 
 @pytest.mark.slow
