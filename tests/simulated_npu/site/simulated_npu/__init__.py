@@ -9,7 +9,7 @@ import atexit
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch  # whose libraries the device is linked with
 
@@ -56,5 +56,17 @@ def _report(folder: Path) -> None:
     (folder / f"{name}.json").write_text(json.dumps(counters(device.current_device()), indent=1, sort_keys=True))
 
 
+def _report_at_the_end(folder: Path) -> None:
+    """However the process ends: workers leave by `os._exit`, which calls nothing that was registered."""
+    leave = os._exit
+
+    def report_and_leave(status: int) -> NoReturn:
+        _report(folder)
+        leave(status)
+
+    os._exit = report_and_leave
+    atexit.register(_report, folder)
+
+
 if "SIMULATED_NPU_REPORT" in os.environ:
-    atexit.register(_report, Path(os.environ["SIMULATED_NPU_REPORT"]))
+    _report_at_the_end(Path(os.environ["SIMULATED_NPU_REPORT"]))
