@@ -20,7 +20,9 @@ class Comparison:
     """What changed.
 
     Attributes:
-        counters, times: a sentence for each regression, by the benchmark's full name.
+        counters, times: a sentence for each regression.
+        suspects: full names of benchmarks whose ratio or time has grown, by its size beyond the tolerance; `times` has
+            only those where the pairs agree on it.
         gone: full names of benchmarks that the record has and the run does not.
         new: full names of those that only the run has.
         compared: benchmarks that both have.
@@ -29,8 +31,9 @@ class Comparison:
         notes: what was not compared, and why.
     """
 
-    counters: dict[str, str] = field(default_factory=dict)
-    times: dict[str, str] = field(default_factory=dict)
+    counters: list[str] = field(default_factory=list)
+    times: list[str] = field(default_factory=list)
+    suspects: list[str] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
     compared: int = 0
@@ -39,7 +42,7 @@ class Comparison:
 
     @property
     def regressions(self) -> list[str]:
-        return [*self.counters.values(), *self.times.values(), *(f"{name} is no longer measured" for name in self.gone)]
+        return [*self.counters, *self.times, *(f"{name} is no longer measured" for name in self.gone)]
 
 
 def compare(
@@ -63,10 +66,10 @@ def compare(
     before, now = _by_name(filter(wanted, record["benchmarks"])), _by_name(run["benchmarks"])
     found.new = [name for name in now if name not in before]
     found.gone = [name for name in before if name not in now and judge_times]
-    for name in before.keys() & now.keys():
+    for name in (name for name in before if name in now):
         found.compared += 1
         if sentence := _counters(now[name], before[name]):
-            found.counters[name] = f"{name}: {sentence}"
+            found.counters.append(f"{name}: {sentence}")
         if judge_times:
             _times(found, name, now[name], before[name], tolerance)
     return found
@@ -96,9 +99,11 @@ def _times(found: Comparison, name: str, now: Benchmark, before: Benchmark, tole
     """
     ratio, ratio_before = now["extra_info"]["ratio"], before["extra_info"]["ratio"]
     growth = now["extra_info"]["ratio_low"] / before["extra_info"]["ratio_high"]
-    if growth > 1 + tolerance:
-        share = f"{ratio:.2f}x of the reference's time, {ratio_before:.2f}x before"
-        found.times[name] = f"{name} takes {share}: {_percent(ratio, ratio_before)}"
+    if ratio > ratio_before * (1 + tolerance):
+        found.suspects.append(name)
+        if growth > 1 + tolerance:
+            share = f"{ratio:.2f}x of the reference's time, {ratio_before:.2f}x before"
+            found.times.append(f"{name} takes {share}: {_percent(ratio, ratio_before)}")
         return
     machine = _reference(now) / _reference(before)
     if not 1 - tolerance / 2 <= machine <= 1 + tolerance / 2:
@@ -106,8 +111,9 @@ def _times(found: Comparison, name: str, now: Benchmark, before: Benchmark, tole
         return
     fastest, fastest_before = per_call(now), per_call(before)
     if growth > 1 and all(per_call(now, s) > per_call(before, s) * (1 + tolerance) for s in ("min", "median")):
+        found.suspects.append(name)
         change = f"{time_text(fastest)}, {time_text(fastest_before)} before: {_percent(fastest, fastest_before)}"
-        found.times[name] = f"{name} takes {change}, while its reference takes {machine:.2f}x of its time"
+        found.times.append(f"{name} takes {change}, while its reference takes {machine:.2f}x of its time")
 
 
 def _reference(benchmark: Benchmark) -> float:

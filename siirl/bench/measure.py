@@ -1,7 +1,7 @@
 """The measurement: candidate and reference in turns, so that both meet the same load.
 
 On a shared machine the time of one piece of work varies by factors, and so does the ratio of medians. The ratio of
-minima over pairs that alternate stays within a few per cent.
+minima over pairs that alternate stays within a few per cent, most of all in the thread's own time.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any
 
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -19,6 +18,7 @@ from siirl.bench.counters import Counted, count
 from siirl.device.backend import Backend
 
 Work = Callable[[], Any]
+Clock = Callable[[], float]
 
 PAIRS = 60
 # A round is made of as many calls as take this long: far above the clock's resolution, short enough to run undisturbed.
@@ -51,14 +51,21 @@ class Measure:
     Args:
         benchmark: times the candidate's rounds and keeps their statistics.
         backend: the device is waited for at the end of each round.
+        clock: seconds; the benchmark's as well.
         effort: how many rounds.
         done: called with the benchmark when it has been measured.
     """
 
     def __init__(
-        self, benchmark: BenchmarkFixture, backend: Backend, effort: Effort, done: Callable[[BenchmarkFixture], None]
+        self,
+        benchmark: BenchmarkFixture,
+        backend: Backend,
+        clock: Clock,
+        effort: Effort,
+        done: Callable[[BenchmarkFixture], None],
     ) -> None:
-        self._benchmark, self._backend, self._effort, self._done = benchmark, backend, effort, done
+        self._benchmark, self._backend, self._clock = benchmark, backend, clock
+        self._effort, self._done = effort, done
 
     def __call__(
         self,
@@ -83,13 +90,14 @@ class Measure:
         reference()
         found = counted() if counted else count(candidate, self._backend)
         calls = self._calls(candidate)
-        other = _Other(self._round(reference, calls))
+        other = _Other(self._round(reference, calls), self._clock)
         self._benchmark.pedantic(
             self._round(candidate, calls), setup=other.before, teardown=other.after, rounds=self._effort.rounds(pairs)
         )
         assert self._benchmark.stats is not None
         parts = _ratios(self._benchmark.stats.stats.data, other.seconds)
         self._benchmark.extra_info |= {
+            "clock": self._clock.__name__,
             "calls_per_round": calls,
             "amount": rate.amount,
             "unit": rate.unit,
@@ -111,26 +119,26 @@ class Measure:
         return run
 
     def _calls(self, work: Work) -> int:
-        once = min(_seconds(self._round(work, 1)) for _ in range(3))
+        once = min(_seconds(self._round(work, 1), self._clock) for _ in range(3))
         return max(1, math.ceil(ROUND_SECONDS / once))
 
 
 class _Other:
     """The reference's rounds: before every second round of the candidate, after the others."""
 
-    def __init__(self, work: Work) -> None:
-        self._work = work
+    def __init__(self, work: Work, clock: Clock) -> None:
+        self._work, self._clock = work, clock
         self.seconds: list[float] = []
         self._turn = 0
 
     def before(self) -> None:
         self._turn += 1
         if self._turn % 2:
-            self.seconds.append(_seconds(self._work))
+            self.seconds.append(_seconds(self._work, self._clock))
 
     def after(self) -> None:
         if self._turn % 2 == 0:
-            self.seconds.append(_seconds(self._work))
+            self.seconds.append(_seconds(self._work, self._clock))
 
 
 def _ratios(candidate: Sequence[float], reference: Sequence[float]) -> list[float]:
@@ -139,11 +147,11 @@ def _ratios(candidate: Sequence[float], reference: Sequence[float]) -> list[floa
     return [min(candidate[i::parts]) / min(reference[i::parts]) for i in range(parts)]
 
 
-def _seconds(work: Work) -> float:
+def _seconds(work: Work, clock: Clock) -> float:
     gc.disable()  # as for the candidate
     try:
-        start = perf_counter()
+        start = clock()
         work()
-        return perf_counter() - start
+        return clock() - start
     finally:
         gc.enable()

@@ -60,10 +60,12 @@ def linear_log_prob(
 
 
 def decode_attention(q_BND: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, keep_BL: Tensor) -> Tensor:
-    """PyTorch's attention with a mask."""
-    return F.scaled_dot_product_attention(
-        q_BND[:, :, None], k_BKLD, v_BKLD, keep_BL[:, None, None], enable_gqa=True
-    ).squeeze(2)
+    """softmax(q kᵀ / sqrt(D)) v, the keys and values repeated for each query head."""
+    repeats = q_BND.shape[1] // k_BKLD.shape[1]
+    k_BNLD, v_BNLD = (x.repeat_interleave(repeats, 1) for x in (k_BKLD, v_BKLD))
+    scores_BN1L = q_BND[:, :, None] @ k_BNLD.transpose(2, 3) / q_BND.shape[-1] ** 0.5
+    weights_BN1L = scores_BN1L.float().masked_fill(~keep_BL[:, None, None], -torch.inf).softmax(-1)
+    return (weights_BN1L.to(q_BND.dtype) @ v_BNLD).squeeze(2)
 
 
 PLAIN: dict[str, Callable[..., Any]] = {

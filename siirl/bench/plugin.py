@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from siirl.bench.key import Key
-from siirl.bench.measure import Effort, Measure
+from siirl.bench.measure import Clock, Effort, Measure
 from siirl.bench.table import line_of
 from siirl.device.backend import Backend
 
@@ -39,9 +40,12 @@ class Plugin:
 
     def pytest_configure(self, config: pytest.Config) -> None:
         config.stash[BACKEND] = self._backend
+        config.addinivalue_line("markers", "alone: the calling thread does all the work, where the device is the host")
 
     def pytest_collection_modifyitems(self, items: list[pytest.Function]) -> None:
         items[:] = [item for item in items if self._wanted(name_of(item))]
+        for item in items:
+            item.add_marker(pytest.mark.benchmark(timer=self._clock(item)))
 
     @pytest.fixture(scope="session")
     def backend(self) -> Backend:
@@ -52,7 +56,7 @@ class Plugin:
         benchmark.group = request.path.stem
         benchmark.name = name_of(request.node)
         benchmark.extra_info["node"] = request.node.nodeid
-        return Measure(benchmark, self._backend, self._effort, self._show)
+        return Measure(benchmark, self._backend, self._clock(request.node), self._effort, self._show)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         suite = nodeid.partition(".py::")[0]
@@ -79,6 +83,11 @@ class Plugin:
             benchmark["fullname"] = f"{benchmark['group']}: {benchmark['name']}"
             del benchmark["stats"]["data"]
             del benchmark["params"]  # functions and tensors, which JSON cannot hold
+
+    def _clock(self, item: pytest.Item) -> Clock:
+        """The thread's own time where it does all the work: it stands still while others have the processor."""
+        alone = item.get_closest_marker("alone") is not None and not self._backend.is_accelerator()
+        return time.thread_time if alone else time.perf_counter
 
     def _show(self, benchmark: BenchmarkFixture) -> None:
         assert benchmark.stats is not None

@@ -47,7 +47,9 @@ def test_a_ratio_may_grow_by_the_tolerance() -> None:
 
 
 def test_a_ratio_counts_only_beyond_what_its_own_pairs_differ_by() -> None:
-    assert judge(document(1.3, 1.0, spread=0.15), document(spread=0.15)).regressions == []
+    doubtful = judge(document(1.3, 1.0, spread=0.15), document(spread=0.15))
+    assert doubtful.suspects == ["suite: work"]
+    assert doubtful.regressions == []
     assert judge(document(1.3, 1.0, spread=0.05), document(spread=0.05)).regressions != []
 
 

@@ -65,6 +65,7 @@ def _shard(parameter: torch.Tensor, collectives: Collectives) -> torch.Tensor:
     return filled[collectives.rank * size :][:size].clone()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def bench_whole(measure: Measure, backend: Backend, dtype: str) -> None:
     sync = Sync(backend, Collectives.single(), dtype)
