@@ -40,7 +40,9 @@ class Plugin:
 
     def pytest_configure(self, config: pytest.Config) -> None:
         config.stash[BACKEND] = self._backend
-        config.addinivalue_line("markers", "alone: the calling thread does all the work, where the device is the host")
+        config.addinivalue_line(
+            "markers", "one_thread: the calling thread does all the work, where the device is the host"
+        )
 
     def pytest_collection_modifyitems(self, items: list[pytest.Function]) -> None:
         items[:] = [item for item in items if self._wanted(name_of(item))]
@@ -53,10 +55,16 @@ class Plugin:
 
     @pytest.fixture
     def measure(self, benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Measure:
+        """For work that this thread does alone, or has the device do."""
         benchmark.group = request.path.stem
         benchmark.name = name_of(request.node)
         benchmark.extra_info["node"] = request.node.nodeid
         return Measure(benchmark, self._backend, self._clock(request.node), self._effort, self._show)
+
+    @pytest.fixture
+    def measure_wall(self, measure: Measure) -> Measure:
+        """For work in which other processes have a part: by the wall clock, whatever the device."""
+        return measure
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         suite = nodeid.partition(".py::")[0]
@@ -84,9 +92,9 @@ class Plugin:
             del benchmark["stats"]["data"]
             del benchmark["params"]  # functions and tensors, which JSON cannot hold
 
-    def _clock(self, item: pytest.Item) -> Clock:
+    def _clock(self, item: pytest.Function) -> Clock:
         """The thread's own time where it does all the work: it stands still while others have the processor."""
-        alone = item.get_closest_marker("alone") is not None and not self._backend.is_accelerator()
+        alone = not self._backend.is_accelerator() and "measure_wall" not in item.fixturenames
         return time.thread_time if alone else time.perf_counter
 
     def _show(self, benchmark: BenchmarkFixture) -> None:

@@ -87,11 +87,11 @@ def rows_of(rank: int) -> Batch:
 
 
 @pytest.mark.parametrize("workers", [2, 4], ids=lambda size: f"{size} workers")
-def bench_redistribute(measure: Measure, backend: Backend, workers: int) -> None:
+def bench_redistribute(measure_wall: Measure, backend: Backend, workers: int) -> None:
     setting.need_devices(backend, workers)
     with World(backend, workers, Redistribution) as world:
         found = total(world.call("counted"))
-        measure(
+        measure_wall(
             lambda: world.call("run_candidate"),
             lambda: world.call("run_reference"),
             Rate(found.counters["moved_bytes"], "bytes"),

@@ -5,14 +5,11 @@ The tensors are so small that the call is a good part of the work.
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from siirl.bench.measure import Measure, Rate
 from siirl.device.backend import Backend
 from siirl_kernels import kernels
-
-pytestmark = pytest.mark.alone
 
 CALLS = 100
 

@@ -20,8 +20,6 @@ from siirl.device.backend import Backend
 from siirl_kernels import providers, supported
 from siirl_kernels.contracts import CONTRACTS, Case
 
-pytestmark = pytest.mark.alone
-
 SHORT = {"float32": "f32", "bfloat16": "bf16"}
 
 

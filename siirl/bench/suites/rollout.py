@@ -14,8 +14,6 @@ from siirl.device.backend import Backend
 from siirl.rollout.engine import NativeEngine
 from siirl.rollout.sampling import Sampling
 
-pytestmark = pytest.mark.alone
-
 NEW_TOKENS = 24
 
 

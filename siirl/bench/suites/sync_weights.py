@@ -65,7 +65,6 @@ def _shard(parameter: torch.Tensor, collectives: Collectives) -> torch.Tensor:
     return filled[collectives.rank * size :][:size].clone()
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def bench_whole(measure: Measure, backend: Backend, dtype: str) -> None:
     sync = Sync(backend, Collectives.single(), dtype)
@@ -73,12 +72,12 @@ def bench_whole(measure: Measure, backend: Backend, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def bench_sharded(measure: Measure, backend: Backend, dtype: str) -> None:
+def bench_sharded(measure_wall: Measure, backend: Backend, dtype: str) -> None:
     setting.need_devices(backend, 2)
     nbytes = Sync(backend, Collectives.single(), dtype).nbytes
     with World(backend, 2, Sync, dtype) as world:
         found = total(world.call("counted"))
-        measure(
+        measure_wall(
             lambda: world.call("candidate"),
             lambda: world.call("reference"),
             Rate(2 * nbytes, "bytes"),

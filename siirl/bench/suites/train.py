@@ -111,18 +111,18 @@ RATE = Rate(PROMPTS * GROUP * (PROMPT + NEW_TOKENS), "tokens")
 AGAINST = "a step by hand in plain PyTorch"
 
 
-def bench_one_worker(measure: Measure, backend: Backend) -> None:
+def bench_one_worker(measure_wall: Measure, backend: Backend) -> None:
     steps = Steps(backend, Collectives.single())
     found = steps.counted()
-    measure(steps.candidate, steps.reference, RATE, against=AGAINST, pairs=20, counted=lambda: found)
+    measure_wall(steps.candidate, steps.reference, RATE, against=AGAINST, pairs=20, counted=lambda: found)
     steps.close()
 
 
-def bench_two_workers(measure: Measure, backend: Backend) -> None:
+def bench_two_workers(measure_wall: Measure, backend: Backend) -> None:
     setting.need_devices(backend, 2)
     with World(backend, 2, Steps) as world:
         found = total(world.call("counted"))
-        measure(
+        measure_wall(
             lambda: world.call("candidate"),
             lambda: world.call("reference"),
             RATE,

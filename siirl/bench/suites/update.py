@@ -6,7 +6,6 @@ computes a group's prompt once.
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from siirl.bench import setting
@@ -20,8 +19,6 @@ from siirl.model.decoder import Decoder
 from siirl.telemetry.accumulator import StepMetrics
 from siirl.training.fsdp import TrainingEngine
 from siirl.training.losses import policy_update
-
-pytestmark = pytest.mark.alone
 
 PROMPTS, GROUP, PROMPT, LONGEST = 8, 4, 32, 48
 
