@@ -6,6 +6,7 @@ GB/s counts the bytes of arguments and results, and of gradients where there are
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if contract.differentiable or not backward
         for dtype in SHORT
         if dtype in fast
-        for case in [case.name for case in contract.cases("perf", getattr(torch, dtype), backend.device())]
+        for case in _names(op, dtype, backend.device())
         for provider in providers(op)
     ]
     ids = [f"{op} {provider} {SHORT[dtype]} {case}" for op, provider, dtype, case in chosen]
@@ -64,6 +65,12 @@ def bench_bwd(measure: Measure, backend: Backend, op: str, provider: str, dtype:
         return lambda: torch.autograd.grad(_tensors(implementation(**found.arguments)), inputs, gradients)
 
     measure(both_ways(function), both_ways(reference), Rate(moved, "bytes"), against=against)
+
+
+@functools.cache
+def _names(op: str, dtype: str, device: torch.device) -> list[str]:
+    """Names of an op's cases, which have to be drawn to be known."""
+    return [case.name for case in CONTRACTS[op].cases("perf", getattr(torch, dtype), device)]
 
 
 def _case(backend: Backend, op: str, provider: str, dtype: str, name: str) -> Case:
