@@ -135,7 +135,7 @@ class CpuBackend(TorchBackend):
         return host.reset_process_peak()
 
     def empty_cache(self) -> None:
-        pass  # the host's allocator returns memory by itself
+        host.release_free_memory()
 
     def stream(self) -> HostStream:
         return HostStream()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import ctypes
 import importlib.metadata
 import importlib.util
 import json
@@ -91,6 +92,13 @@ def process_memory() -> tuple[int, int]:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return peak, peak
+
+
+def release_free_memory() -> None:
+    """Give the system back what this process has freed, where the C library can (glibc's malloc_trim)."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def reset_process_peak() -> bool:

@@ -52,6 +52,7 @@ def memory_accounting(subject: Subject) -> None:
     backend = subject.backend
     del_me = _block(subject)
     del del_me  # what is made at the first allocation is there now
+    backend.empty_cache()
     before = backend.memory()
     block = _block(subject)
     during = backend.memory()
