@@ -25,6 +25,7 @@ RUN_KEYS: set[KeyPath] = {
     ("training", "deterministic"),
     ("rollout", "engine"),
     ("rollout", "max_sequences"),
+    ("rollout", "parallel"),
     ("logging", "tensorboard"),
     ("logging", "trace"),
     ("logging", "report"),

@@ -84,6 +84,12 @@ class AlgorithmConfig(Section):
     epochs: Positive = Field(1, description="passes over a step's samples")
 
 
+class RolloutParallelConfig(Section):
+    """Degrees of parallelism of generation; groups of workers that generate together are data parallel."""
+
+    tensor: Positive = 1
+
+
 class RolloutConfig(Section):
     """Generation of responses."""
 
@@ -98,6 +104,7 @@ class RolloutConfig(Section):
     ignore_eos: bool = Field(False, description="never draw an end token: every response has max_new_tokens")
     stop: list[str] = Field(default_factory=list, description="strings that end a response")
     max_sequences: Positive = Field(512, description="sequences decoded together on one worker")
+    parallel: RolloutParallelConfig = Field(default_factory=RolloutParallelConfig)
 
 
 class ParallelConfig(Section):

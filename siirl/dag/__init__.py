@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from siirl.dag.graph import Graph, Node, Read
 from siirl.dag.ops import OpSpec, find_op, op_names, python_target, register_op
-from siirl.dag.plan import Layout, Step, Table, WorkerPlan, batch_table, check_batch, describe, due, training_layout
+from siirl.dag.plan import (
+    ENGINE_DEGREES,
+    Layout,
+    Step,
+    Table,
+    WorkerPlan,
+    batch_table,
+    check_batch,
+    describe,
+    due,
+    rollout_layout,
+    training_layout,
+)
 from siirl.dag.planner import plan, plan_steps, plan_worker
 
 __all__ = [
+    "ENGINE_DEGREES",
     "Graph",
     "Layout",
     "Node",
@@ -27,5 +40,6 @@ __all__ = [
     "plan_worker",
     "python_target",
     "register_op",
+    "rollout_layout",
     "training_layout",
 ]

@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 
 Split = Literal["groups", "tokens"]
 
+ENGINE_DEGREES: dict[str, tuple[str, ...]] = {
+    "fsdp": (),
+    "megatron": ("tensor", "context", "pipeline", "expert"),
+    "native": (),
+    "vllm": ("tensor",),
+}
+"""The degrees beside data parallel that an engine knows, by its name."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -207,6 +215,21 @@ def training_layout(config: Config, workers: int) -> Layout:
     return Layout("tokens", workers, data, parallel.tensor, parallel.context, parallel.pipeline, parallel.expert)
 
 
+def rollout_layout(config: Config, workers: int) -> Layout:
+    """The layout of generation: groups of `rollout.parallel.tensor` workers, data parallel.
+
+    Raises:
+        RequestError: ``workers`` are not a number of such groups.
+    """
+    tensor = config.rollout.parallel.tensor
+    if workers % tensor:
+        raise RequestError(
+            f"rollout.parallel.tensor is {tensor}, which does not divide the {workers} workers; "
+            f"set workers={-(-workers // tensor) * tensor}"
+        )
+    return Layout("groups", workers, workers // tensor, tensor)
+
+
 def check_batch(config: Config, workers: int, graph: Graph | None = None) -> None:
     """Refuse sizes that cannot work together, with the value that would.
 
@@ -216,20 +239,15 @@ def check_batch(config: Config, workers: int, graph: Graph | None = None) -> Non
         RequestError: the first combination that cannot work.
     """
     data, training, updates = config.data, config.training, config.algorithm.mini_batches
-    if training.engine == "fsdp":
-        for name in ("tensor", "context", "pipeline", "expert"):
-            degree = getattr(training.parallel, name)
-            if degree > 1:
-                raise RequestError(
-                    f"training.parallel.{name} is {degree}, but training.engine 'fsdp' trains with data parallel only; "
-                    f"set training.parallel.{name}=1"
-                )
-    training_layout(config, workers)
+    _check_degrees(config)
+    shares = max(training_layout(config, workers).data, rollout_layout(config, workers).data)
+    holders = "workers" if shares == workers else "data-parallel groups"
     prompts = data.prompts_per_step
-    if prompts < workers:
+    if prompts < shares:
+        fewer = f" or workers={prompts}" if shares == workers else ""
         raise RequestError(
-            f"data.prompts_per_step is {prompts}, fewer than the {workers} workers; "
-            f"set data.prompts_per_step={workers} or workers={prompts}"
+            f"data.prompts_per_step is {prompts}, fewer than the {shares} {holders}; "
+            f"set data.prompts_per_step={shares}{fewer}"
         )
     if prompts % updates:
         fitting = max(n for n in range(1, min(updates, prompts + 1)) if prompts % n == 0)
@@ -239,11 +257,11 @@ def check_batch(config: Config, workers: int, graph: Graph | None = None) -> Non
         )
     group = _group_size(config, graph)
     samples = prompts // updates * group
-    if samples < workers:
-        fitting = max(n for n in range(1, updates) if prompts % n == 0 and prompts // n * group >= workers)
+    if samples < shares:
+        fitting = max(n for n in range(1, updates) if prompts % n == 0 and prompts // n * group >= shares)
         raise RequestError(
             f"a mini-batch has {samples} samples ({prompts} prompts x {group} / {updates} mini-batches), "
-            f"fewer than the {workers} workers; set algorithm.mini_batches={fitting}"
+            f"fewer than the {shares} {holders}; set algorithm.mini_batches={fitting}"
         )
     longest = data.max_prompt_tokens + config.rollout.max_new_tokens
     if longest > training.micro_batch_tokens:
@@ -252,6 +270,21 @@ def check_batch(config: Config, workers: int, graph: Graph | None = None) -> Non
             f"rollout.max_new_tokens {config.rollout.max_new_tokens}), more than training.micro_batch_tokens="
             f"{training.micro_batch_tokens}; set training.micro_batch_tokens={longest} or more"
         )
+
+
+def _check_degrees(config: Config) -> None:
+    """Refuse a degree that the engine does not know."""
+    engines = (
+        ("training", config.training.engine, "trains", config.training.parallel),
+        ("rollout", config.rollout.engine, "generates", config.rollout.parallel),
+    )
+    for section, engine, does, parallel in engines:
+        for name, degree in parallel:
+            if name != "data" and name not in ENGINE_DEGREES[engine] and degree > 1:
+                key = f"{section}.parallel.{name}"
+                raise RequestError(
+                    f"{key} is {degree}, but {section}.engine '{engine}' {does} with data parallel only; set {key}=1"
+                )
 
 
 def batch_table(config: Config, workers: int, graph: Graph | None = None) -> Table:

@@ -22,7 +22,7 @@ from siirl.dag.checks import at, check_nodes
 from siirl.dag.conditions import Dropped, Live, select
 from siirl.dag.graph import Graph
 from siirl.dag.ops import ROW_IDS
-from siirl.dag.plan import Layout, Step, WorkerPlan, training_layout
+from siirl.dag.plan import Layout, Step, WorkerPlan, rollout_layout, training_layout
 from siirl.errors import RequestError
 
 
@@ -172,7 +172,7 @@ def _layouts(items: Iterable[Live], config: Config, workers: int) -> dict[str, L
     layouts = {}
     for item in items:
         if item.split == "groups":
-            layouts["groups"] = Layout("groups", workers, workers)
+            layouts["groups"] = at(item.node, "layout", partial(rollout_layout, config, workers))
         elif item.split == "tokens" and "tokens" not in layouts:
             layouts["tokens"] = at(item.node, "layout", partial(training_layout, config, workers))
     return layouts

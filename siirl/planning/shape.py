@@ -1,0 +1,141 @@
+"""The shape of a decoder, and what follows from it alone: parameters, matrix products, cache, saved activations.
+
+No weights are read. Symbols, here and in `docs/cost-model.md`: H hidden, I intermediate, L layers, N query heads, K
+key/value heads, D head size, V vocabulary, E experts of which each token uses e, J an expert's intermediate size.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from siirl.config.schema import NonNegative, Positive, PositiveFloat, Section
+
+
+class ModelShape(Section):
+    """A decoder of the Llama, Qwen2, Qwen3 or Qwen3-MoE family."""
+
+    name: str = ""
+    hub: list[str] = Field(default_factory=list, description="hub ids of checkpoints of this shape")
+    published_parameters: PositiveFloat | None = Field(None, description="the model card's number")
+    vocab_size: Positive
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_layers: Positive
+    num_heads: Positive
+    num_kv_heads: Positive
+    head_dim: Positive
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    num_experts: NonNegative = Field(0, description="0: a dense model")
+    experts_per_token: NonNegative = 0
+    expert_size: NonNegative = Field(0, description="intermediate size of an expert")
+
+    @property
+    def attention_parameters(self) -> int:
+        """Of one layer: H·(N+2K)·D + N·D·H, and biases and the two norms over D where the family has them."""
+        heads = self.num_heads + 2 * self.num_kv_heads
+        biases = heads * self.head_dim * self.qkv_bias + self.hidden_size * self.out_bias
+        return self._attention_matrices + biases + 2 * self.head_dim * self.qk_norm
+
+    @property
+    def expert_parameters(self) -> int:
+        """Of one layer's experts: 3·E·H·J; 0 in a dense model."""
+        return 3 * self.num_experts * self.hidden_size * self.expert_size
+
+    @property
+    def shared_layer_parameters(self) -> int:
+        """Of one layer without its experts: attention, the MLP or the router, two norms over H."""
+        return self.attention_parameters + self._dense_mlp + 2 * self.hidden_size
+
+    @property
+    def layer_parameters(self) -> int:
+        return self.shared_layer_parameters + self.expert_parameters
+
+    @property
+    def embedding_parameters(self) -> int:
+        """V·H."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def head_parameters(self) -> int:
+        """Of an output projection of its own: V·H, or 0 where it is the embedding."""
+        return 0 if self.tie_embeddings else self.embedding_parameters
+
+    @property
+    def parameters(self) -> int:
+        """All of them."""
+        return (
+            self.num_layers * self.layer_parameters
+            + self.embedding_parameters
+            + self.head_parameters
+            + self.hidden_size  # the last norm
+        )
+
+    @property
+    def critic_parameters(self) -> int:
+        """Of a value model on this backbone: no output projection of its own, a head of H."""
+        return self.parameters - self.head_parameters + self.hidden_size
+
+    @property
+    def active_matrices(self) -> int:
+        """Weights that multiply each token in the layers: a token meets e of E experts and no embedding matrix."""
+        if self.num_experts:
+            mlp = self.num_experts * self.hidden_size + 3 * self.experts_per_token * self.hidden_size * self.expert_size
+        else:
+            mlp = 3 * self.hidden_size * self.intermediate_size
+        return self.num_layers * (self._attention_matrices + mlp)
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters one token meets, embedding and head included."""
+        unused = self.num_experts - self.experts_per_token if self.num_experts else 0
+        return self.parameters - 3 * self.num_layers * unused * self.hidden_size * self.expert_size
+
+    def cache_bytes(self, itemsize: int) -> int:
+        """Keys and values of one token: 2·L·K·D numbers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+
+    def saved_numbers(self) -> int:
+        """Numbers that one layer keeps of one token for the backward pass, without recomputation.
+
+        Inputs of both norms and of what follows them 4H; queries and keys 2(N+K)·D where a norm over D comes before
+        rotation; rotated queries and keys, values and the attention's result (2N+2K)·D; gate, its SiLU, up and their
+        product 4I (an expert's J for each of the e experts, whose inputs are copies: e·H more).
+        """
+        attention = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        if self.qk_norm:
+            attention += (self.num_heads + self.num_kv_heads) * self.head_dim
+        mlp = 4 * self.intermediate_size
+        if self.num_experts:
+            mlp = self.experts_per_token * (4 * self.expert_size + self.hidden_size) + self.num_experts
+        return 4 * self.hidden_size + attention + mlp
+
+    def forward_flops(self, tokens: float, pairs: float, predicted: float) -> float:
+        """Floating-point operations of a forward pass, a multiplication and an addition counting two.
+
+        2 a weight and token; 4·N·D a pair of a query and a key it attends to, in each layer (scores, and their
+        product with the values); 2·H·V a predicted token.
+
+        Args:
+            tokens: that pass the layers.
+            pairs: of a query and a key, causal: n(n+1)/2 for a sequence of n.
+            predicted: tokens whose distribution over the vocabulary is computed.
+        """
+        attention = 4 * self.num_layers * self.num_heads * self.head_dim * pairs
+        return 2 * self.active_matrices * tokens + attention + 2 * self.embedding_parameters * predicted
+
+    @property
+    def _attention_matrices(self) -> int:
+        heads = 2 * self.num_heads + 2 * self.num_kv_heads
+        return self.hidden_size * heads * self.head_dim
+
+    @property
+    def _dense_mlp(self) -> int:
+        if self.num_experts:
+            return self.num_experts * self.hidden_size  # the router
+        return 3 * self.hidden_size * self.intermediate_size + self.mlp_bias * (
+            2 * self.intermediate_size + self.hidden_size
+        )
