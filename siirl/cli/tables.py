@@ -8,8 +8,13 @@ WIDTH_OF_A_PIPE = 160
 SHORT = 24
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print rows of plain text. Short columns keep their width, long ones wrap; those without content are left out."""
+def print_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], width: int = WIDTH_OF_A_PIPE
+) -> None:
+    """Print rows of plain text. Short columns keep their width, long ones wrap; those without content are left out.
+
+    ``width`` is that of a pipe; a terminal has its own.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -25,4 +30,4 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     for row in rows:
         table.add_row(*(Text(row[index]) for index in shown))
     console = Console()
-    (console if console.is_terminal else Console(width=WIDTH_OF_A_PIPE)).print(table)
+    (console if console.is_terminal else Console(width=width)).print(table)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -124,6 +124,15 @@ class WorkerPlan:
         return cls.from_dict(json.loads(text))
 
 
+def all_plans_json(first: WorkerPlan) -> Iterator[str]:
+    """A JSON list of every worker's plan, piece by piece: all are ``first`` with another rank, and none is built."""
+    rest = {key: value for key, value in first.to_dict().items() if key != "rank"}
+    body = json.dumps(rest).removeprefix("{")
+    for rank in range(first.workers):
+        yield f'{"," if rank else "["}\n{{"rank": {rank}, {body}'
+    yield "\n]"
+
+
 def due(step: Step, number: int, config: Config) -> bool:
     """Whether a worker runs ``step`` in training step ``number``, counted from 1."""
     if number % step.every:
@@ -150,17 +159,24 @@ def describe(plans: Sequence[WorkerPlan]) -> list[Table]:
                 break
         else:
             groups.append([plan])
+    return [_table(group[0], [plan.rank for plan in group[1:]]) for group in groups]
+
+
+def describe_all(first: WorkerPlan) -> Table:
+    """The table of a plan that all workers run."""
+    return _table(first, range(1, first.workers))
+
+
+def _table(first: WorkerPlan, alike: Sequence[int]) -> Table:
     columns = ("#", "step", "op", "model", "layout", "reads", "writes", "moves or frees", "when")
-    return [Table(_title(group), columns, _rows(group[0].steps)) for group in groups]
+    return Table(_title(first, alike), columns, _rows(first.steps))
 
 
-def _title(group: list[WorkerPlan]) -> str:
-    first = group[0]
+def _title(first: WorkerPlan, alike: Sequence[int]) -> str:
     models = f"holds {', '.join(first.models)}" if first.models else "holds no model"
-    alike = [plan.rank for plan in group[1:]]
     if not alike:
         return f"{first.pipeline}: worker {first.rank} of {first.workers}; {models}"
-    if alike == list(range(alike[0], alike[-1] + 1)) and len(alike) > 1:
+    if len(alike) > 1 and list(alike) == list(range(alike[0], alike[-1] + 1)):
         rest = f"workers {alike[0]} to {alike[-1]} are alike"
     else:
         rest = f"alike: {', '.join(str(rank) for rank in alike)}"

@@ -52,7 +52,8 @@ class Host(Section):
     """One node's host."""
 
     memory_bytes: PositiveFloat
-    nic_bandwidth: PositiveFloat = Field(description="of the interface that a controller process would use")
+    nic_bandwidth: PositiveFloat = Field(description="of the interface that hosts talk over")
+    latency_s: NonNegativeFloat = Field(50e-6, description="of one message between processes of two hosts")
     serialise_bandwidth: PositiveFloat = Field(
         1e9, description="bytes/s at which one process turns a batch into messages, or messages into a batch"
     )

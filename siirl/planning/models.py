@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ def _gguf(name: str, file: Path) -> ModelShape:
     )
 
 
+@cache
 def _shipped() -> dict[str, ModelShape]:
     """Every shipped shape by its name and its hub ids, in lower case."""
     shapes = [(stem, read(ModelShape, file)) for stem, file in shipped("models").items()]

@@ -6,9 +6,14 @@ key/value heads, D head size, V vocabulary, E experts of which each token uses e
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from siirl.config.schema import NonNegative, Positive, PositiveFloat, Section
+
+Numbers = Literal["float32", "mixed", "bfloat16"]
+"""What a forward pass computes in; mixed: bfloat16 products of float32 weights and norms, as autocast does."""
 
 
 class ModelShape(Section):
@@ -98,20 +103,25 @@ class ModelShape(Section):
         """Keys and values of one token: 2·L·K·D numbers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
 
-    def saved_numbers(self) -> int:
-        """Numbers that one layer keeps of one token for the backward pass, without recomputation.
+    def saved_bytes(self, numbers: Numbers) -> int:
+        """What one layer keeps of one token for the backward pass, without recomputation.
 
-        Inputs of both norms and of what follows them 4H; queries and keys 2(N+K)·D where a norm over D comes before
-        rotation; rotated queries and keys, values and the attention's result (2N+2K)·D; gate, its SiLU, up and their
-        product 4I (an expert's J for each of the e experts, whose inputs are copies: e·H more).
+        Both norms keep their input and the normalised input; what follows them keeps its input: once in float32 and
+        bfloat16, once a matrix (five) where bfloat16 products take float32 inputs (mixed). Norms over D keep their
+        input and the normalised one. Attention keeps its operands and result, (2N+2K)·D; the MLP gate, its SiLU, up
+        and their product, 4I (each of e experts its own 4J, and a copy of its input). Norms and attention keep a
+        float32 statistic a row and head.
         """
-        attention = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        if self.qk_norm:
-            attention += (self.num_heads + self.num_kv_heads) * self.head_dim
-        mlp = 4 * self.intermediate_size
+        heads = (self.num_heads + self.num_kv_heads) * self.head_dim
+        size = 4 if numbers == "float32" else 2
+        norms = {"float32": 24, "mixed": 26, "bfloat16": 16}[numbers] * self.hidden_size
+        head_norms = (8 if numbers == "float32" else 6) * heads * self.qk_norm
+        mlp = 4 * self.intermediate_size * size
         if self.num_experts:
-            mlp = self.experts_per_token * (4 * self.expert_size + self.hidden_size) + self.num_experts
-        return 4 * self.hidden_size + attention + mlp
+            each = 4 * self.expert_size + self.hidden_size
+            mlp = self.experts_per_token * each * size + self.num_experts * 4
+        rows = 2 + self.num_heads + (self.num_heads + self.num_kv_heads) * self.qk_norm
+        return norms + head_norms + 2 * heads * size + mlp + 4 * rows
 
     def forward_flops(self, tokens: float, pairs: float, predicted: float) -> float:
         """Floating-point operations of a forward pass, a multiplication and an addition counting two.

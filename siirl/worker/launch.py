@@ -19,8 +19,8 @@ from typing import Any, TextIO
 from siirl.algorithms.registry import check_names
 from siirl.config.loader import Resolved, Stage, dump
 from siirl.dag.graph import Graph
-from siirl.dag.plan import Table, batch_table, check_batch
-from siirl.dag.planner import plan, plan_steps
+from siirl.dag.plan import Table, all_plans_json, batch_table, check_batch
+from siirl.dag.planner import plan_steps, plan_worker
 from siirl.data.sources import open_source, split
 from siirl.device import resolve, select
 from siirl.device.backend import Backend
@@ -123,13 +123,15 @@ def _with(resolved: Resolved, device: str | None, workers: int | None) -> Resolv
 def _describe(resolved: Resolved, directory: Path) -> None:
     """Write the configuration and every worker's plan."""
     (directory / "config.yaml").write_text(dump(resolved))
-    stages = []
-    for stage in resolved.stages:
-        plans = plan(Graph.from_yaml(stage.config.pipeline), stage.config, stage.config.workers)
-        stages.append({"stage": stage.name, "plans": [p.to_dict() for p in plans]})
     main = resolved.main
-    described = {"workers": main.workers, "pipeline": main.pipeline, "stages": stages}
-    (directory / "plan.json").write_text(json.dumps(described, indent=1))
+    with (directory / "plan.json").open("w") as file:
+        file.write(f'{{"workers": {main.workers}, "pipeline": {json.dumps(main.pipeline)}, "stages": [')
+        for number, stage in enumerate(resolved.stages):
+            first = plan_worker(Graph.from_yaml(stage.config.pipeline), stage.config, stage.config.workers, 0)
+            file.write(f'{"," if number else ""}\n{{"stage": {json.dumps(stage.name)}, "plans": ')
+            file.writelines(all_plans_json(first))
+            file.write("}")
+        file.write("]}\n")
 
 
 def _print_tables(resolved: Resolved, stream: TextIO) -> None:

@@ -1,0 +1,143 @@
+"""One stage of a run on a cluster: everything that memory, traffic and time are computed from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from siirl.config.schema import Config
+from siirl.dag import Graph, Layout, Step, check_batch, plan_steps, rollout_layout, training_layout
+from siirl.planning.cluster import Cluster
+from siirl.planning.models import find_shape
+from siirl.planning.shape import ModelShape
+from siirl.planning.workload import Lengths, Rows
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2}
+
+
+SAMPLED_SHARES = 64
+"""Estimates draw and assign the rows of so many shares: a share's part is alike in larger runs."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage's plan and where it runs.
+
+    Attributes:
+        config, cluster, lengths: of the stage; the cluster has devices for all workers.
+        workers: processes.
+        steps, models: of the plan, the same for every worker.
+        shapes: of the models in the plan, and always the actor's.
+        graph: that is planned.
+        drawn: rows that were drawn already, by their parameters; jobs made from one another share them.
+    """
+
+    config: Config
+    cluster: Cluster
+    lengths: Lengths
+    workers: int
+    steps: tuple[Step, ...]
+    models: tuple[str, ...]
+    shapes: dict[str, ModelShape]
+    graph: Graph
+    drawn: dict[tuple[Any, ...], Rows] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, config: Config, cluster: Cluster, workers: int, lengths: Lengths | None = None) -> Job:
+        """Plan ``config`` on ``workers`` workers of ``cluster``.
+
+        Raises:
+            RequestError: the plan does not work, or a model's shape is not known.
+        """
+        graph, model = Graph.from_yaml(config.pipeline), config.model
+        check_batch(config, workers, graph)
+        steps, models = plan_steps(graph, config, workers)
+        paths = {"actor": model.path, "reference": model.reference or model.path, "critic": model.critic or model.path}
+        keys = {"actor": "model.path", "reference": "model.reference", "critic": "model.critic"}
+        shapes = {name: find_shape(paths[name], keys[name]) for name in dict.fromkeys(("actor", *models))}
+        expected = lengths or Lengths.of(config)
+        return cls(config, cluster.grown(workers), expected, workers, steps, models, shapes, graph)
+
+    def changed(self, config: Config, workers: int | None = None) -> Job:
+        """The same with other degrees, sizes or workers; model and pipeline stay. Raises as `of`."""
+        count = self.workers if workers is None else workers
+        check_batch(config, count, self.graph)
+        steps, models = plan_steps(self.graph, config, count)
+        cluster = self.cluster.grown(count)
+        return replace(self, config=config, workers=count, cluster=cluster, steps=steps, models=models)
+
+    @property
+    def actor(self) -> ModelShape:
+        return self.shapes["actor"]
+
+    @cached_property
+    def rollout(self) -> Layout:
+        return rollout_layout(self.config, self.workers)
+
+    @cached_property
+    def training(self) -> Layout:
+        return training_layout(self.config, self.workers)
+
+    @property
+    def group(self) -> int:
+        """Samples of a prompt."""
+        return self.config.rollout.group_size if self.generates else 1
+
+    @cached_property
+    def generates(self) -> bool:
+        return any(step.op == "rollout" for step in self.steps)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of the forward pass."""
+        return ITEMSIZE[self.config.training.dtype]
+
+    @property
+    def megatron(self) -> bool:
+        return self.config.training.engine == "megatron"
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 shards the models."""
+        return self.config.training.sharding == "shard" and self.workers > 1 and not self.megatron
+
+    @property
+    def shared_weights(self) -> bool:
+        """Whether the rollout engine computes with training's own tensors."""
+        native = self.config.rollout.engine == "native" and not self.megatron
+        return native and not self.sharded and self.config.training.dtype == "float32"
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Models that an `update` of the plan trains."""
+        return tuple(dict.fromkeys(step.model for step in self.steps if step.op == "update" and step.model))
+
+    def parameters(self, model: str) -> int:
+        """Of a whole model."""
+        return self.shapes[model].critic_parameters if model == "critic" else self.shapes[model].parameters
+
+    def prompts(self, shares: int) -> int:
+        """Prompts of the fullest of so many shares."""
+        return -(-self.config.data.prompts_per_step // shares)
+
+    @cached_property
+    def sampled(self) -> Rows:
+        """The rows of a part of the run."""
+        return self.rows(SAMPLED_SHARES)
+
+    def rows(self, shares: int | None = None, seed: int = 0) -> Rows:
+        """A step's samples on ``shares`` training shares (default: all), as many a share as in the run.
+
+        With fewer shares than the run has, the mini-batches keep their rows a share.
+        """
+        data, algorithm = self.config.data, self.config.algorithm
+        part = 1.0 if shares is None else min(1.0, shares / self.training.data)
+        targets = max(1, round(self.training.data * part))
+        sources = max(1, round(self.rollout.data * part))
+        prompts = max(sources, targets, round(data.prompts_per_step * part))
+        prompts = -(-prompts // algorithm.mini_batches) * algorithm.mini_batches
+        key = (self.lengths, prompts, self.group, algorithm.mini_batches, sources, targets, seed)
+        if key not in self.drawn:
+            self.drawn[key] = Rows.draw(*key)
+        return self.drawn[key]
