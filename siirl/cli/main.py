@@ -18,6 +18,7 @@ from siirl.cli.doctor import doctor
 from siirl.cli.generate import generate
 from siirl.cli.plan import plan
 from siirl.cli.report import report
+from siirl.cli.simulate import simulate
 from siirl.cli.train import train
 from siirl.cli.validate import validate
 from siirl.errors import RequestError, SiirlError, did_you_mean
@@ -60,7 +61,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _verb in (train, plan, generate, validate, bench, report, doctor):
+for _verb in (train, plan, simulate, generate, validate, bench, report, doctor):
     cli.add_command(_verb)
 
 

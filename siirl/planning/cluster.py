@@ -22,6 +22,7 @@ class Device(Section):
     flops: dict[str, PositiveFloat] = Field(description="dense matrix products per second, by dtype")
     memory_bandwidth: PositiveFloat
     op_overhead_s: NonNegativeFloat = Field(5e-6, description="least time between two operators of one stream")
+    contention: float = Field(1.0, ge=1, description="how much slower a device is while all of its node are busy")
     unified: bool = Field(False, description="computes in the host's memory, which a node's workers share")
 
 

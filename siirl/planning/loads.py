@@ -35,12 +35,15 @@ class Loads:
         prompts: prompts of each generating share, float64 [sources].
         training: one entry a mini-batch.
         prompt: tokens of a prompt.
+        leaving, arriving: tokens of the rows that leave each training share, or come to it; float64 [targets].
     """
 
     generated: Ints
     prompts: Floats
     training: tuple[Training, ...]
     prompt: float
+    leaving: Floats
+    arriving: Floats
 
     @classmethod
     def of(cls, rows: Rows) -> Loads:
@@ -65,4 +68,9 @@ class Loads:
                 np.bincount(cell, rows.responses.astype(float) ** 2, cells),
             ]
         ).reshape(4, strata, targets)
-        return cls(generated, prompts, tuple(Training(*table[:, m]) for m in range(strata)), rows.prompt)
+        training = tuple(Training(*table[:, m]) for m in range(strata))
+        near, tokens = rows.near, rows.responses + rows.prompt
+        moving = near != rows.target
+        leaving = np.bincount(near[moving], tokens[moving], targets).astype(float)
+        arriving = np.bincount(rows.target[moving], tokens[moving], targets).astype(float)
+        return cls(generated, prompts, training, rows.prompt, leaving, arriving)

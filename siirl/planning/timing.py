@@ -42,7 +42,7 @@ def phases(job: Job, step: Step, loads: Loads) -> list[Phase]:
     overhead = job.cluster.host.step_overhead_s
     sources, targets = len(loads.prompts), len(loads.training[0].rows)
     if step.kind == "redistribute":
-        return [Phase(np.full(sources, overhead), _redistribute(job, step))]
+        return _redistribute(job, step, loads)
     if step.op == "rollout":
         return [Phase(rollout_seconds(job, loads) + overhead)]
     if step.op == "evaluate":
@@ -66,7 +66,8 @@ def _evaluation(job: Job, sources: int) -> Floats:
     if not prompts:
         return np.zeros(sources)
     length = max(1, round(job.lengths.mean_response))
-    loads = Loads(np.full((1, prompts), length), np.array([float(prompts)]), (), job.lengths.prompt)
+    none = np.zeros(0)
+    loads = Loads(np.full((1, prompts), length), np.array([float(prompts)]), (), job.lengths.prompt, none, none)
     rewards = prompts * job.cluster.host.reward_s / job.config.reward.workers
     return np.full(sources, float(rollout_seconds(job, loads)[0]) + rewards)
 
@@ -77,16 +78,21 @@ def share_of_steps(job: Job, step: Step) -> float:
     return sum(due(step, number, job.config) for number in range(1, counted + 1)) / counted
 
 
-def _redistribute(job: Job, step: Step) -> float:
+def _redistribute(job: Job, step: Step, loads: Loads) -> list[Phase]:
+    """The integers of all rows, gathered together; then each share sends and receives its own rows."""
     assert step.target is not None
-    moved = moved_bytes(job, step)
+    cluster, moved = job.cluster, moved_bytes(job, step)
     samples = job.config.data.prompts_per_step * job.group
-    seconds = gather_integers(job.cluster, moved.control, job.workers) + samples * ASSIGN_S_PER_ROW
-    seconds += 2 * (moved.sent + moved.shared) / PACK_BANDWIDTH
-    messages = min(job.workers - 1, samples * (1 - moved.kept) / job.workers)
-    seconds += exchange(job.cluster, Group(job.workers), moved.sent, messages, job.workers)
+    together = gather_integers(cluster, moved.control, job.workers) + samples * ASSIGN_S_PER_ROW
     inner = step.target.workers // step.target.data
-    return seconds + exchange(job.cluster, Group(inner), moved.shared, inner - 1, job.workers)
+    messages = min(job.workers - 1, samples * (1 - moved.kept) / job.workers)
+    a_token = moved.row / (job.lengths.prompt + job.lengths.mean_response) / inner
+    busiest = np.maximum(loads.leaving, loads.arriving) * a_token
+    waiting = exchange(cluster, Group(job.workers), 0.0, messages, job.workers) if job.workers > 1 else 0.0
+    per_byte = exchange(cluster, Group(job.workers), 1e9, 0, job.workers) / 1e9
+    inside = exchange(cluster, Group(inner), moved.shared, inner - 1, job.workers)
+    seconds = waiting + busiest * (per_byte + 2 / PACK_BANDWIDTH) + inside
+    return [Phase(np.full(len(loads.prompts), cluster.host.step_overhead_s), together), Phase(seconds)]
 
 
 def _copies(job: Job, mini: Training, prompt: float) -> Floats:

@@ -54,6 +54,18 @@ def column_bytes(job: Job, column: str) -> float:
     return 0.0 if column in IDS else _DENSE.get(formal, _OTHER)
 
 
+def padded_bytes(job: Job, column: str) -> float:
+    """Bytes of one row's column where rows are padded to the longest and tokens are int64, with a mask as wide."""
+    formal = _formals(job.steps).get(column, column)
+    config = job.config
+    if formal in _TOKENS:
+        longest = config.data.max_prompt_tokens if formal == "prompt_ids" else config.rollout.max_new_tokens
+        return 2 * 8.0 * longest
+    if formal in _PER_TOKEN:
+        return 4.0 * config.rollout.max_new_tokens
+    return 8.0 if column in IDS else max(1.0, _DENSE.get(formal, _OTHER))
+
+
 def moved_bytes(job: Job, step: Step) -> Moved:
     """What a redistribution moves."""
     assert step.source is not None and step.target is not None

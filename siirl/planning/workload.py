@@ -120,9 +120,13 @@ class Rows:
         return cls(responses, slot, home, target, stratum, lengths.prompt)
 
     @property
-    def kept(self) -> float:
-        """Share of the tokens whose row does not change share; the numbers of shares must be multiples."""
+    def near(self) -> Ints:
+        """The training share that has, or is next to, each row's home."""
         sources, targets = int(self.home.max()) + 1, int(self.target.max()) + 1
-        near = np.minimum(self.home * targets // sources, targets - 1)
+        return np.minimum(self.home * targets // sources, targets - 1)
+
+    @property
+    def kept(self) -> float:
+        """Share of the tokens whose row does not change share."""
         tokens = self.responses + self.prompt
-        return float(tokens[near == self.target].sum() / tokens.sum())
+        return float(tokens[self.near == self.target].sum() / tokens.sum())
