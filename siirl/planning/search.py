@@ -48,13 +48,13 @@ def advice(config: Config, cluster: Cluster, workers: int, lengths: Lengths) -> 
     if best:
         return f"{best[0]} would fit"
     for more in (2 * workers, 4 * workers, 8 * workers):
-        grown = config if config.data.prompts_per_step >= more else _with(config, {"data.prompts_per_step": more})
+        grown = config if config.data.prompts_per_step >= more else with_values(config, {"data.prompts_per_step": more})
         best = search(grown, cluster, more, lengths)
         if best:
             extra = "" if grown is config else f" data.prompts_per_step={more}"
             return f"no layout of {workers} workers fits; {best[0]}{extra} would with {more} workers"
     engines = {"training.engine": "megatron", "rollout.engine": "vllm"}
-    best = search(_with(config, engines), cluster, workers, lengths)
+    best = search(with_values(config, engines), cluster, workers, lengths)
     names = f"'{config.training.engine}' and '{config.rollout.engine}'"
     if best:
         chosen = " ".join(f"{key}={value}" for key, value in engines.items())
@@ -84,8 +84,8 @@ def table(found: list[Candidate], shown: int = 5) -> Table:
 def _base(config: Config, cluster: Cluster, workers: int, lengths: Lengths) -> Job:
     """A job without degrees, from which the others are made."""
     degrees = ("tensor", "context", "pipeline", "expert")
-    plain = _with(config, {**{f"training.parallel.{name}": 1 for name in degrees}, "rollout.parallel.tensor": 1})
-    return Job.of(_with(plain, {"training.parallel.data": None}), cluster, workers, lengths)
+    plain = with_values(config, {**{f"training.parallel.{name}": 1 for name in degrees}, "rollout.parallel.tensor": 1})
+    return Job.of(with_values(plain, {"training.parallel.data": None}), cluster, workers, lengths)
 
 
 def _layouts(base: Job) -> Iterator[dict[str, Any]]:
@@ -128,7 +128,7 @@ def _fitting(base: Job, overrides: dict[str, Any]) -> Candidate | None:
             break
         chosen = overrides | ({"training.micro_batch_tokens": tokens} if halving else {})
         try:
-            job = base.changed(_with(config, chosen))
+            job = base.changed(with_values(config, chosen))
         except RequestError:  # too few prompts for so many shares
             return None
         if fits(job):
@@ -136,7 +136,7 @@ def _fitting(base: Job, overrides: dict[str, Any]) -> Candidate | None:
     return None
 
 
-def _with(config: Config, overrides: dict[str, Any]) -> Config:
+def with_values(config: Config, overrides: dict[str, Any]) -> Config:
     """A copy of the configuration with other values for dotted keys; the values are ours and right."""
     copy = config.model_copy(deep=True)
     for key, value in overrides.items():
