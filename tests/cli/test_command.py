@@ -12,7 +12,7 @@ import pytest
 
 import siirl as package
 
-VERBS = ["train", "plan", "generate", "validate", "bench", "report", "doctor"]
+VERBS = ["train", "plan", "simulate", "generate", "validate", "bench", "report", "doctor"]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([verb, "--help"] for verb in VERBS)])
