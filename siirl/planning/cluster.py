@@ -75,6 +75,7 @@ class Cluster(Section):
     links: Links
     host: Host
     sustained: Sustained = Field(default_factory=Sustained)
+    measured: str | None = Field(None, description="a record of `siirl bench --json`, seen from this file")
 
     @property
     def devices(self) -> int:
@@ -114,4 +115,10 @@ def load_cluster(name: str) -> Cluster:
     Raises:
         RequestError: no such file, or something in it is wrong.
     """
-    return read(Cluster, find(name, "clusters", "cluster"))
+    file = find(name, "clusters", "cluster")
+    cluster = read(Cluster, file)
+    if cluster.measured is None:
+        return cluster
+    from siirl.planning.measured import with_measured
+
+    return with_measured(cluster, file.parent / cluster.measured)

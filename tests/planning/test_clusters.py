@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,30 @@ def test_a_wrong_file_is_refused(old: str, new: str, message: str, tmp_path: Pat
     file.write_text(TEXT.replace(old, new, 1))
     with pytest.raises(RequestError, match=message):
         load_cluster(str(file))
+
+
+def test_a_record_of_siirl_bench_tells_bandwidth_and_overhead(tmp_path: Path) -> None:
+    """A million bytes in the half of a round of 2 ms are 1 GB/s; a hundred calls in a round of 0.4 ms 4 us each."""
+
+    def benchmark(suite: str, name: str, amount: float, calls: int, seconds: float) -> dict:
+        info = {"node": f"{suite}.py::bench[{name}]", "amount": amount, "calls_per_round": calls}
+        return {"name": name, "extra_info": info, "stats": {"min": seconds}}
+
+    benchmarks = [
+        benchmark("kernels", "fwd a", 1e6, 2, 2e-3),
+        benchmark("kernels", "fwd b", 1e6, 1, 2e-3),
+        benchmark("kernels", "bwd a", 1e9, 1, 1e-3),
+        benchmark("dispatch", "call a", 100, 1, 4e-4),
+    ]
+    (tmp_path / "record.json").write_text(json.dumps({"siirl": {"key": {}}, "benchmarks": benchmarks}))
+    (tmp_path / "c.yaml").write_text(TEXT + "measured: record.json\n")
+    cluster = load_cluster(str(tmp_path / "c.yaml"))
+    assert cluster.device.memory_bandwidth == pytest.approx(1e9)
+    assert cluster.sustained.memory == 1.0
+    assert cluster.device.op_overhead_s == pytest.approx(4e-6)
+    (tmp_path / "record.json").unlink()
+    with pytest.raises(RequestError, match="there is no file .*record.json"):
+        load_cluster(str(tmp_path / "c.yaml"))
 
 
 def test_an_unknown_cluster_is_refused_with_the_nearest() -> None:
