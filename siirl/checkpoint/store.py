@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from siirl.device.collectives import Collectives
@@ -37,6 +38,9 @@ def save(
     state: Mapping[str, Any],
     worker_state: Mapping[str, Any],
     collectives: Collectives,
+    *,
+    holders: Collectives | None = None,
+    worker_tensors: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write one checkpoint; every worker calls this together.
 
@@ -46,6 +50,9 @@ def save(
         tensors: by name; sharded tensors are written by the workers that hold them, others once.
         state: JSON, the same on every worker; ``order`` (a list that sorts checkpoints) is required.
         worker_state: JSON of this worker alone.
+        collectives: of all workers.
+        holders: of the workers that have tensors; default: all. A worker without tensors is none of them.
+        worker_tensors: of this worker alone, on the host.
 
     Returns:
         The checkpoint's directory.
@@ -58,11 +65,15 @@ def save(
     import torch.distributed.checkpoint as dcp  # two seconds to import
 
     collectives.barrier()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch names its own deprecated parts
-        writer = dcp.HuggingFaceStorageWriter(str(partial / "tensors"), save_distributed=True)
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=collectives.size == 1)
+    if tensors:
+        group = collectives if holders is None else holders
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch names its own deprecated parts
+            writer = dcp.HuggingFaceStorageWriter(str(partial / "tensors"), save_distributed=True)
+            dcp.save(dict(tensors), storage_writer=writer, process_group=group.group, no_dist=group.size == 1)
     _write_json(partial / f"worker_{collectives.rank:03d}.json", worker_state)
+    if worker_tensors:
+        save_file(dict(worker_tensors), partial / f"worker_{collectives.rank:03d}.safetensors")
     collectives.barrier()
     if collectives.rank == 0:
         _write_json(partial / _STATE, {**state, "workers": collectives.size})
@@ -97,14 +108,21 @@ def load_worker_state(checkpoint: Path, rank: int) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def load_worker_tensors(checkpoint: Path, rank: int) -> dict[str, Tensor]:
+    """The tensors that worker ``rank`` saved for itself."""
+    path = checkpoint / f"worker_{rank:03d}.safetensors"
+    return load_file(path) if path.is_file() else {}
+
+
 def load_tensors(checkpoint: Path, tensors: Mapping[str, Tensor], collectives: Collectives) -> None:
-    """Fill ``tensors`` in place, whatever number of workers wrote the checkpoint."""
+    """Fill ``tensors`` in place, whatever number of workers wrote the checkpoint; ``collectives``: of their holders."""
     import torch.distributed.checkpoint as dcp
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         reader = dcp.HuggingFaceStorageReader(str(checkpoint / "tensors"))
-        dcp.load(dict(tensors), storage_reader=reader, no_dist=collectives.size == 1)
+        group = collectives.group
+        dcp.load(dict(tensors), storage_reader=reader, process_group=group, no_dist=collectives.size == 1)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

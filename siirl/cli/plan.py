@@ -131,20 +131,21 @@ def _print_found(stage: Stage, found: _Found) -> None:
 
 
 def _print_plan(stage: Stage) -> None:
-    from siirl.dag import Graph, batch_table, check_batch, describe_all, plan_worker
+    from siirl.dag import Graph, batch_table, check_batch, describe_all, plan_roles
 
     graph, count = Graph.from_yaml(stage.config.pipeline), stage.config.workers
     check_batch(stage.config, count, graph)
     sizes = batch_table(stage.config, count, graph)
     print_table(f"{stage.name}: {sizes.title}", sizes.columns, sizes.rows)
-    table = describe_all(plan_worker(graph, stage.config, count, 0))
-    rows = [_narrow(dict(zip(table.columns, row, strict=True))) for row in table.rows]
-    print_table(table.title, COLUMNS, rows)
+    for plan, ranks in plan_roles(graph, stage.config, count):
+        table = describe_all(plan, ranks)
+        rows = [_narrow(dict(zip(table.columns, row, strict=True))) for row in table.rows]
+        print_table(table.title, COLUMNS, rows)
 
 
 def _print_json(stage: Stage, found: _Found | None, number: int) -> None:
     """Write one stage of the list; the plans one by one, for there may be thousands."""
-    from siirl.dag import Graph, all_plans_json, batch_table, check_batch, plan_worker
+    from siirl.dag import Graph, all_plans_json, batch_table, check_batch, plan_roles
 
     graph, count = Graph.from_yaml(stage.config.pipeline), stage.config.workers
     check_batch(stage.config, count, graph)
@@ -156,7 +157,7 @@ def _print_json(stage: Stage, found: _Found | None, number: int) -> None:
             {"keys": candidate.overrides, "estimate": candidate.estimate.to_dict()} for candidate in found.candidates
         ]
     click.echo(f'{"," if number else ""}\n{json.dumps(described)[:-1]}, "plans": ', nl=False)
-    for piece in all_plans_json(plan_worker(graph, stage.config, count, 0)):
+    for piece in all_plans_json(plan_roles(graph, stage.config, count)):
         click.echo(piece, nl=False)
     click.echo("}", nl=False)
 

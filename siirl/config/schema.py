@@ -104,6 +104,10 @@ class RolloutConfig(Section):
     ignore_eos: bool = Field(False, description="never draw an end token: every response has max_new_tokens")
     stop: list[str] = Field(default_factory=list, description="strings that end a response")
     max_sequences: Positive = Field(512, description="sequences decoded together on one worker")
+    workers: Positive | None = Field(None, description="disaggregated: workers that generate; default: half of all")
+    max_staleness: NonNegative = Field(
+        0, description="disaggregated: steps that generation runs ahead of training; 0: on-policy"
+    )
     parallel: RolloutParallelConfig = Field(default_factory=RolloutParallelConfig)
 
 
@@ -189,6 +193,9 @@ class Config(Section):
     seed: NonNegative = Field(0, description="of weights made from scratch, of the data and of sampling")
     device: str = Field("auto", description="auto, or a back end's name, such as cpu")
     workers: Positive = Field(1, description="worker processes")
+    placement: Literal["colocated", "disaggregated"] = Field(
+        "colocated", description="colocated: every worker generates and trains; disaggregated: some do each"
+    )
     threads_per_worker: Positive | None = Field(None, description="default: cores / workers")
     timeout_s: PositiveFloat = Field(600.0, description="longest wait for another worker")
     run_dir: str | None = Field(None, description="default: runs/NAME-DATE-TIME")

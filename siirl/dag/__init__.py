@@ -7,6 +7,8 @@ from siirl.dag.ops import OpSpec, find_op, op_names, python_target, register_op
 from siirl.dag.plan import (
     ENGINE_DEGREES,
     Layout,
+    Placement,
+    Role,
     Step,
     Table,
     WorkerPlan,
@@ -19,7 +21,7 @@ from siirl.dag.plan import (
     rollout_layout,
     training_layout,
 )
-from siirl.dag.planner import plan, plan_steps, plan_worker
+from siirl.dag.planner import plan, plan_roles, plan_steps, plan_worker
 
 __all__ = [
     "ENGINE_DEGREES",
@@ -27,7 +29,9 @@ __all__ = [
     "Layout",
     "Node",
     "OpSpec",
+    "Placement",
     "Read",
+    "Role",
     "Step",
     "Table",
     "WorkerPlan",
@@ -40,6 +44,7 @@ __all__ = [
     "find_op",
     "op_names",
     "plan",
+    "plan_roles",
     "plan_steps",
     "plan_worker",
     "python_target",

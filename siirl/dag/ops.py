@@ -114,7 +114,7 @@ _OPS: dict[str, OpSpec] = {
         OpSpec(
             "rollout",
             reads=_names("prompt_ids"),
-            writes=_names("response_ids", "rollout_log_probs finish_reason"),
+            writes=_names("response_ids", "rollout_log_probs finish_reason policy_version"),
             models=("actor",),
             layout="groups",
             fixed_layout=True,

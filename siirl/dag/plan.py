@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from siirl.dag.graph import Graph
 
 Split = Literal["groups", "tokens"]
+Role = Literal["all", "rollout", "training"]
 
 ENGINE_DEGREES: dict[str, tuple[str, ...]] = {
     "fsdp": (),
@@ -46,6 +47,11 @@ class Layout:
     expert: int = 1
     first: int = 0
 
+    @property
+    def ranks(self) -> range:
+        """The workers of the run that have rows in this layout."""
+        return range(self.first, self.first + self.workers)
+
     def shares(self) -> list[list[int]]:
         """The workers of each share. Ranks run through tensor, context, data, pipeline, the first one fastest."""
         inner = self.tensor * self.context
@@ -66,7 +72,7 @@ class Step:
 
     `node` runs an op, in the layout `target`. `redistribute` moves the rows from `source` to `target` and takes the
     columns `fields` along, which are all that is read afterwards. `drop` frees the columns `fields`. A column whose
-    node was not due is absent: both leave it out.
+    node was not due is absent: both leave it out. `role` says which workers have the step in their plans.
     """
 
     kind: Literal["node", "redistribute", "drop"]
@@ -81,6 +87,7 @@ class Step:
     fields: tuple[str, ...] = ()
     source: Layout | None = None
     target: Layout | None = None
+    role: Role = "all"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"fields": list(self.fields)}
@@ -124,12 +131,13 @@ class WorkerPlan:
         return cls.from_dict(json.loads(text))
 
 
-def all_plans_json(first: WorkerPlan) -> Iterator[str]:
-    """A JSON list of every worker's plan, piece by piece: all are ``first`` with another rank, and none is built."""
-    rest = {key: value for key, value in first.to_dict().items() if key != "rank"}
-    body = json.dumps(rest).removeprefix("{")
-    for rank in range(first.workers):
-        yield f'{"," if rank else "["}\n{{"rank": {rank}, {body}'
+def all_plans_json(plans: Sequence[tuple[WorkerPlan, range]]) -> Iterator[str]:
+    """A JSON list of every worker's plan, piece by piece: those of some ranks are alike but for the rank."""
+    for plan, ranks in plans:
+        rest = {key: value for key, value in plan.to_dict().items() if key != "rank"}
+        body = json.dumps(rest).removeprefix("{")
+        for rank in ranks:
+            yield f'{"," if rank else "["}\n{{"rank": {rank}, {body}'
     yield "\n]"
 
 
@@ -162,9 +170,9 @@ def describe(plans: Sequence[WorkerPlan]) -> list[Table]:
     return [_table(group[0], [plan.rank for plan in group[1:]]) for group in groups]
 
 
-def describe_all(first: WorkerPlan) -> Table:
-    """The table of a plan that all workers run."""
-    return _table(first, range(1, first.workers))
+def describe_all(plan: WorkerPlan, ranks: range) -> Table:
+    """The table of a plan that the workers of these ranks run."""
+    return _table(plan, ranks[1:])
 
 
 def _table(first: WorkerPlan, alike: Sequence[int]) -> Table:
@@ -210,6 +218,52 @@ def _mapping(names: Mapping[str, str]) -> str:
     return ", ".join(c if f == c else f"{c} as {f}" for f, c in names.items())
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Which workers train, and which generate: the same, or the first and the last ones."""
+
+    training: range
+    rollout: range
+
+    @classmethod
+    def of(cls, config: Config, workers: int) -> Placement:
+        """`placement`, `rollout.workers` of a run.
+
+        Raises:
+            RequestError: the workers cannot be parted so.
+        """
+        if config.placement == "colocated":
+            if config.rollout.max_staleness:
+                raise RequestError(
+                    f"rollout.max_staleness is {config.rollout.max_staleness}, but with placement=colocated the same "
+                    "workers generate and train in turn; set placement=disaggregated"
+                )
+            return cls(range(workers), range(workers))
+        generating = config.rollout.workers or max(1, workers // 2)
+        if generating >= workers:
+            raise RequestError(
+                f"placement is disaggregated, and with {generating} of {workers} workers generating none is left to "
+                f"train; set workers={generating + 1} or more"
+            )
+        return cls(range(workers - generating), range(workers - generating, workers))
+
+    @property
+    def disaggregated(self) -> bool:
+        return self.training != self.rollout
+
+    def role(self, rank: int) -> Role:
+        """``all`` where every worker does everything."""
+        if not self.disaggregated:
+            return "all"
+        return "rollout" if rank in self.rollout else "training"
+
+    def roles(self) -> list[tuple[Role, range]]:
+        """The distinct roles and their ranks, in the order of ranks."""
+        if not self.disaggregated:
+            return [("all", self.training)]
+        return [("training", self.training), ("rollout", self.rollout)]
+
+
 def training_layout(config: Config, workers: int) -> Layout:
     """The layout of training: `training.parallel`, with data parallel over all workers that are left.
 
@@ -231,8 +285,8 @@ def training_layout(config: Config, workers: int) -> Layout:
     return Layout("tokens", workers, data, parallel.tensor, parallel.context, parallel.pipeline, parallel.expert)
 
 
-def rollout_layout(config: Config, workers: int) -> Layout:
-    """The layout of generation: groups of `rollout.parallel.tensor` workers, data parallel.
+def rollout_layout(config: Config, workers: int, first: int = 0) -> Layout:
+    """The layout of generation: groups of `rollout.parallel.tensor` workers from ``first`` on, data parallel.
 
     Raises:
         RequestError: ``workers`` are not a number of such groups.
@@ -243,7 +297,7 @@ def rollout_layout(config: Config, workers: int) -> Layout:
             f"rollout.parallel.tensor is {tensor}, which does not divide the {workers} workers; "
             f"set workers={-(-workers // tensor) * tensor}"
         )
-    return Layout("groups", workers, workers // tensor, tensor)
+    return Layout("groups", workers, workers // tensor, tensor, first=first)
 
 
 def check_batch(config: Config, workers: int, graph: Graph | None = None) -> None:
@@ -256,7 +310,8 @@ def check_batch(config: Config, workers: int, graph: Graph | None = None) -> Non
     """
     data, training, updates = config.data, config.training, config.algorithm.mini_batches
     _check_degrees(config)
-    shares = max(training_layout(config, workers).data, rollout_layout(config, workers).data)
+    place = Placement.of(config, workers)
+    shares = max(training_layout(config, len(place.training)).data, rollout_layout(config, len(place.rollout)).data)
     holders = "workers" if shares == workers else "data-parallel groups"
     prompts = data.prompts_per_step
     if prompts < shares:

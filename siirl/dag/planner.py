@@ -22,14 +22,20 @@ from siirl.dag.checks import at, check_nodes
 from siirl.dag.conditions import Dropped, Live, select
 from siirl.dag.graph import Graph
 from siirl.dag.ops import ROW_IDS
-from siirl.dag.plan import Layout, Step, WorkerPlan, rollout_layout, training_layout
+from siirl.dag.plan import Layout, Placement, Role, Step, WorkerPlan, rollout_layout, training_layout
 from siirl.errors import RequestError
 
 
 def plan(graph: Graph, config: Config, workers: int) -> list[WorkerPlan]:
     """Every worker's plan, by rank. Raises like `plan_worker`."""
-    steps, models = plan_steps(graph, config, workers)
-    return [WorkerPlan(rank, workers, graph.name, steps, models) for rank in range(workers)]
+    return [replace(plan, rank=rank) for plan, ranks in plan_roles(graph, config, workers) for rank in ranks]
+
+
+def plan_roles(graph: Graph, config: Config, workers: int) -> list[tuple[WorkerPlan, range]]:
+    """The distinct plans, each with the ranks that run it. Raises like `plan_worker`."""
+    steps, _ = plan_steps(graph, config, workers)
+    roles = Placement.of(config, workers).roles()
+    return [(_of_role(steps, role, ranks[0], workers, graph.name), ranks) for role, ranks in roles]
 
 
 def plan_worker(graph: Graph, config: Config, workers: int, rank: int) -> WorkerPlan:
@@ -39,24 +45,34 @@ def plan_worker(graph: Graph, config: Config, workers: int, rank: int) -> Worker
         RequestError: the pipeline cannot work; ``FILE:LINE: node 'x': what is wrong``.
     """
     assert 0 <= rank < workers, f"rank {rank} of {workers} workers"
-    steps, models = plan_steps(graph, config, workers)
-    return WorkerPlan(rank, workers, graph.name, steps, models)
+    steps, _ = plan_steps(graph, config, workers)
+    return _of_role(steps, Placement.of(config, workers).role(rank), rank, workers, graph.name)
+
+
+def _of_role(steps: tuple[Step, ...], role: Role, rank: int, workers: int, name: str) -> WorkerPlan:
+    own = tuple(step for step in steps if role == "all" or step.role in ("all", role))
+    return WorkerPlan(rank, workers, name, own, _models(own))
+
+
+def _models(steps: Iterable[Step]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(step.model for step in steps if step.model is not None))
 
 
 def plan_steps(graph: Graph, config: Config, workers: int) -> tuple[tuple[Step, ...], tuple[str, ...]]:
-    """The steps and the models of a plan, which are the same for every rank."""
+    """All steps and models of a pipeline: those of every worker, or of each role in a disaggregated placement."""
     check_nodes(graph)
     live, dropped = select(graph, config)
     edges = _connect(live, dropped)
     order = _sort(live, edges)
     _check_order(live, order, edges)
     items = [live[name] for name in order]
-    layouts = _layouts(items, config, workers)
-    steps = _assemble(items, layouts, moving=True)  # for one worker too: a pipeline is right or wrong for any number
+    place = Placement.of(config, workers)
+    layouts = _layouts(items, config, place)
+    roles = _roles(items, layouts, place)
+    steps = _assemble(items, layouts, roles, moving=True)  # for one worker too: a pipeline is right for any number
     if workers == 1:
-        steps = _assemble(items, layouts, moving=False)
-    models = tuple(dict.fromkeys(step.model for step in steps if step.model is not None))
-    return tuple(steps), models
+        steps = _assemble(items, layouts, roles, moving=False)
+    return tuple(steps), _models(steps)
 
 
 def _connect(live: dict[str, Live], dropped: dict[str, Dropped]) -> dict[str, set[str]]:
@@ -167,28 +183,64 @@ def _effect(changer: Live, item: Live) -> str | None:
     return None
 
 
-def _layouts(items: Iterable[Live], config: Config, workers: int) -> dict[str, Layout]:
-    """The layouts in use, by split."""
-    layouts = {}
-    for item in items:
-        if item.split == "groups":
-            layouts["groups"] = at(item.node, "layout", partial(rollout_layout, config, workers))
-        elif item.split == "tokens" and "tokens" not in layouts:
-            layouts["tokens"] = at(item.node, "layout", partial(training_layout, config, workers))
+def _layouts(order: Iterable[Live], config: Config, place: Placement) -> dict[str, Layout | None]:
+    """Where each node runs, by its id; None before any rows are.
+
+    Whole groups lie on the workers that generate, until the first node that trains: rows never go back there.
+    """
+    layouts: dict[str, Layout | None] = {}
+    current: Layout | None = None
+    training = False
+    for item in order:
+        if item.split == "tokens":
+            training = True
+            current = at(item.node, "layout", partial(training_layout, config, len(place.training)))
+        elif item.split == "groups":
+            ranks = place.training if training else place.rollout
+            current = at(item.node, "layout", partial(rollout_layout, config, len(ranks), ranks.start))
+        layouts[item.node.id] = current
     return layouts
 
 
-def _assemble(order: list[Live], layouts: dict[str, Layout], *, moving: bool) -> list[Step]:
+def _roles(order: Iterable[Live], layouts: dict[str, Layout | None], place: Placement) -> dict[str, Role]:
+    """Which workers run each node, by its id. Raises RequestError for one that has nowhere to run."""
+    roles: dict[str, Role] = {}
+    for item in order:
+        layout = layouts[item.node.id]
+        role: Role = "all"
+        if item.node.op == "evaluate" and place.disaggregated:
+            role = "rollout"
+        elif item.node.op != "sync_weights" and place.disaggregated and layout is not None:
+            role = "rollout" if layout.ranks == place.rollout else "training"
+        if role == "training" and item.node.op == "rollout":
+            raise item.node.error(
+                "generates after a node that trains, so with placement=disaggregated rows would have to go back; "
+                "set placement=colocated"
+            )
+        if role == "rollout" and item.node.model and item.node.op not in ("rollout", "evaluate"):
+            raise item.node.error(
+                f"uses the {item.node.model} where workers only generate (placement=disaggregated); "
+                "set 'layout: tokens' here, or placement=colocated"
+            )
+        roles[item.node.id] = role
+    return roles
+
+
+def _assemble(
+    order: list[Live], layouts: dict[str, Layout | None], roles: dict[str, Role], *, moving: bool
+) -> list[Step]:
     """The steps: nodes in order, a `redistribute` where the layout changes, a `drop` after each last reader."""
     steps: list[Step] = []
     items: list[Live] = []
     current: Layout | None = None
     for item in order:
-        target = layouts[item.split] if item.split else current
-        if moving and current is not None and target != current:
-            steps.append(Step("redistribute", f"redistribute:{item.node.id}", source=current, target=target))
+        target, role = layouts[item.node.id], roles[item.node.id]
+        if moving and current is not None and target is not None and target != current:
+            between: Role = role if current.ranks == target.ranks else "all"
+            name = f"redistribute:{item.node.id}"
+            steps.append(Step("redistribute", name, source=current, target=target, role=between))
             items.append(item)
-        steps.append(_node_step(item, target))
+        steps.append(replace(_node_step(item, target), role=role))
         items.append(item)
         current = target
     return _with_lifetimes(steps, items)
@@ -227,7 +279,8 @@ def _with_lifetimes(steps: list[Step], items: list[Live]) -> list[Step]:
         new = set(step.writes.values())
         ended = (item.columns | new) - needed
         if ended:
-            result.append(Step("drop", f"drop:{step.id}", fields=_ordered(ended, place), target=step.target))
+            ending = _ordered(ended, place)
+            result.append(Step("drop", f"drop:{step.id}", fields=ending, target=step.target, role=step.role))
         result.append(step)
         needed = needed - new | item.columns
     if needed:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -53,6 +53,8 @@ class Collectives:
         self._backend = backend
         self._timeout_s = timeout_s
         self._spec = backend.communication() if backend else None
+        self.group: dist.ProcessGroup | None = None
+        """PyTorch's group, None for all workers of the run."""
 
     @classmethod
     def single(cls) -> Collectives:
@@ -93,6 +95,24 @@ class Collectives:
             self._spec.torch_backend, rank=self.rank, world_size=self.size, timeout=timeout, **arguments
         )
 
+    def subgroup(self, ranks: Sequence[int]) -> Collectives | None:
+        """Collectives of some of the workers, which are numbered anew in the order given; None on the others.
+
+        All workers call it, for one group after another in the same order. Calls of different groups may run in
+        different threads at a time.
+        """
+        if self.size == 1:
+            return self
+        assert self._spec is not None and self._backend is not None
+        timeout = timedelta(seconds=self._timeout_s)
+        options = None if self._spec.options is None else self._spec.options(timeout)
+        group = self._attempt("making a group", dist.new_group, list(ranks), timeout, pg_options=options)
+        if self.rank not in ranks:
+            return None
+        part = Collectives(self._backend, list(ranks).index(self.rank), len(ranks), self._timeout_s)
+        part.group = group
+        return part
+
     def close(self) -> None:
         """Leave the group. The object is of no use afterwards."""
         if self.size > 1 and dist.is_initialized():
@@ -116,7 +136,7 @@ class Collectives:
             return t
         dtype, on_host = self._reduction_way(t)
         moved = self._canonical(t.detach()).to(device="cpu" if on_host else t.device, dtype=dtype).contiguous()
-        self._attempt("all_reduce", dist.all_reduce, moved, op=REDUCTIONS[op])
+        self._attempt("all_reduce", dist.all_reduce, moved, op=REDUCTIONS[op], group=self.group)
         if op == "mean":
             moved.div_(self.size)
         if moved.data_ptr() != t.data_ptr():
@@ -129,7 +149,7 @@ class Collectives:
         if self.size == 1 or t.numel() == 0:
             return t
         moved = self._canonical(t.detach()).to(self._broadcast_place(t)).contiguous()
-        self._attempt("broadcast", dist.broadcast, moved.view(-1).view(torch.uint8), src=src)
+        self._attempt("broadcast", dist.broadcast, moved.view(-1).view(torch.uint8), group=self.group, group_src=src)
         if moved.data_ptr() != t.data_ptr():
             t.copy_(moved)
         return t
@@ -157,7 +177,10 @@ class Collectives:
         words_out, words_in = ([-(-n // width) for n in sizes] for sizes in (send_sizes, recv_sizes))
         outgoing = _respace(send, send_sizes, [n * width for n in words_out]).to(self._backend.device())
         incoming = torch.empty(sum(words_in), dtype=carrier, device=outgoing.device)
-        self._attempt("all_to_all_bytes", dist.all_to_all_single, incoming, outgoing.view(carrier), words_in, words_out)
+        words = outgoing.view(carrier)
+        self._attempt(
+            "all_to_all_bytes", dist.all_to_all_single, incoming, words, words_in, words_out, group=self.group
+        )
         return _respace(incoming.view(torch.uint8).to(send.device), [n * width for n in words_in], recv_sizes)
 
     # The control plane.
@@ -165,7 +188,7 @@ class Collectives:
     def barrier(self) -> None:
         """Return when every worker has called it."""
         if self.size > 1:
-            self._attempt("barrier", dist.all_reduce, torch.zeros(1, dtype=torch.int32))
+            self._attempt("barrier", dist.all_reduce, torch.zeros(1, dtype=torch.int32), group=self.group)
 
     def all_gather_ints(self, t: Tensor) -> list[Tensor]:
         """Every worker's integers, in rank order.
@@ -206,12 +229,12 @@ class Collectives:
             rows = self._all_gather(padded)
         else:
             rows = [torch.empty_like(padded) for _ in counts] if self.rank == dst else []
-            self._attempt("gather_bytes", dist.gather, padded, rows or None, dst=dst)
+            self._attempt("gather_bytes", dist.gather, padded, rows or None, group=self.group, group_dst=dst)
         return [row[:count].numpy().tobytes() for row, count in zip(rows, counts, strict=False)]
 
     def _all_gather(self, t: Tensor) -> list[Tensor]:
         rows = [torch.empty_like(t) for _ in range(self.size)]
-        self._attempt("all_gather", dist.all_gather, rows, t)
+        self._attempt("all_gather", dist.all_gather, rows, t, group=self.group)
         return rows
 
     # What a library lacks, and what can fail.

@@ -8,6 +8,7 @@ from typing import Any
 
 from siirl.config.schema import Config
 from siirl.dag import Graph, Layout, Step, check_batch, plan_steps, rollout_layout, training_layout
+from siirl.errors import RequestError
 from siirl.planning.cluster import Cluster
 from siirl.planning.models import find_shape
 from siirl.planning.shape import ModelShape
@@ -52,6 +53,8 @@ class Job:
         """
         graph, model = Graph.from_yaml(config.pipeline), config.model
         check_batch(config, workers, graph)
+        if config.placement != "colocated":
+            raise RequestError("the cost model knows placement=colocated only; set it to plan on a cluster")
         steps, models = plan_steps(graph, config, workers)
         paths = {"actor": model.path, "reference": model.reference or model.path, "critic": model.critic or model.path}
         keys = {"actor": "model.path", "reference": "model.reference", "critic": "model.critic"}

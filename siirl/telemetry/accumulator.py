@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -21,7 +23,8 @@ class StepMetrics:
     """Accumulates one worker's share of a step's metrics.
 
     A name may be added to many times, always as the same kind. Every worker names the same metrics in a step; one that
-    saw nothing of a metric adds it with weight 0, count 0 or None.
+    saw nothing of a metric adds it with weight 0, count 0 or None. Only workers with different roles may name different
+    ones.
     """
 
     def __init__(self) -> None:
@@ -51,8 +54,24 @@ class StepMetrics:
         """Add to a minimum."""
         self._extreme(name, "min", -math.inf if value is None else -value)
 
-    def reduce(self, collectives: Collectives) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
+        """What was added so far, as JSON."""
+        return {name: [kind, *self._numbers[name]] for name, kind in self._kinds.items()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> StepMetrics:
+        """The inverse of :meth:`state_dict`."""
+        made = cls()
+        for name, (kind, *numbers) in state.items():
+            made._kinds[name], made._numbers[name] = kind, list(numbers)
+        return made
+
+    def reduce(self, collectives: Collectives, *, roles: bool = False) -> dict[str, float]:
         """Reduce over all workers and start the next step.
+
+        Args:
+            collectives: of all workers.
+            roles: workers may name different metrics; a name counts where it is named.
 
         A metric that no worker has a value for is absent. A NaN of any worker makes its mean, sum or deviation NaN, and
         its maximum or minimum infinite.
@@ -60,6 +79,8 @@ class StepMetrics:
         Raises:
             SiirlError: the workers name different metrics.
         """
+        if roles:
+            self._add_missing(collectives)
         names = sorted(self._kinds)
         _check_agreement([f"{name} ({self._kinds[name]})" for name in names], collectives)
         summed = [name for name in names if _SUMMED[self._kinds[name]]]
@@ -78,6 +99,11 @@ class StepMetrics:
         self._kinds.clear()
         self._numbers.clear()
         return {name: value for name in names if (value := values[name]) is not None}
+
+    def _add_missing(self, collectives: Collectives) -> None:
+        for theirs in collectives.all_gather_bytes(json.dumps(self._kinds).encode()):
+            for name, kind in json.loads(theirs).items():
+                self._held(name, kind, [0.0] * _SUMMED[kind] or [-math.inf])
 
     def _add(self, name: str, kind: str, *numbers: float) -> None:
         held = self._held(name, kind, [0.0] * len(numbers))

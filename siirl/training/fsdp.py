@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from siirl.training.losses import Loss
 from siirl.training.microbatch import MicroBatch, dummy, input_lengths, mini_batch_index, pack, split
 from siirl.training.optimizer import lr_factor, make_optimizer
 from siirl_kernels import kernels
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # gradients are summed over workers in pieces of this many elements
 _BUCKET = 64 * 2**20
@@ -83,7 +86,7 @@ class TrainingEngine:
         self.module: nn.Module = CriticModel(model) if isinstance(model, ValueModel) else LogProbModel(model)
         self.sharded = training.sharding == "shard" and collectives.size > 1
         if self.sharded:
-            _shard(self.module, self._dtype)
+            _shard(self.module, self._dtype, _mesh(backend, collectives))
 
     def begin(self, config: Config, lr: float | None) -> None:
         """Begin a stage with a new optimiser; ``lr`` is its peak rate, None for a model that is not trained."""
@@ -233,7 +236,16 @@ def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         yield bucket
 
 
-def _shard(module: nn.Module, dtype: torch.dtype) -> None:
+def _mesh(backend: Backend, collectives: Collectives) -> DeviceMesh | None:
+    """Of the workers that train; None for all workers of the run."""
+    if collectives.group is None:
+        return None
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return DeviceMesh.from_group(collectives.group, backend.device().type)
+
+
+def _shard(module: nn.Module, dtype: torch.dtype, mesh: DeviceMesh | None) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # a second to import
 
     policy = (
@@ -243,5 +255,5 @@ def _shard(module: nn.Module, dtype: torch.dtype) -> None:
     )
     blocks = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
     for block in (b for layers in blocks for b in layers):
-        fully_shard(block, mp_policy=policy)
-    fully_shard(module, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy)

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 class Context:
     """One worker's view of a stage.
 
-    ``step`` counts from 1; ``rollout_seed`` differs by stage, for sample ids begin anew in each.
+    ``collectives`` and ``transport`` are of the workers that share this one's role, ``world`` and ``world_transport``
+    of all; where every worker does everything they are the same. ``step`` counts from 1; ``policy_version`` is the
+    number of steps that the rollout engine's weights have seen; ``rollout_seed`` differs by stage, for sample ids
+    begin anew in each.
     """
 
     stage: str
@@ -37,6 +40,8 @@ class Context:
     backend: Backend
     collectives: Collectives
     transport: Transport
+    world: Collectives
+    world_transport: Transport
     models: Models
     loader: DistributedDataloader
     reader: PromptReader
@@ -47,6 +52,7 @@ class Context:
     kl: KLController
     rollout_seed: int
     step: int = 0
+    policy_version: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
+import torch
 
 from siirl.dag.ops import find_op, python_target
 from siirl.dag.plan import Step, WorkerPlan, due
 from siirl.data.batch import Batch, Column
 from siirl.data.databuffer import redistribute
 from siirl.errors import SiirlError
+from siirl.telemetry.accumulator import StepMetrics
 from siirl.telemetry.trace import Tracer
 from siirl.training.microbatch import mini_batch_index
 from siirl.user_code import guarded, load_function
@@ -50,10 +52,18 @@ class DagWorker:
         context.step = number
         context.backend.reset_peak_memory()
         start = time.perf_counter()
-        batch = Batch({})
-        for step in self._plan.steps:
-            batch = self._run(step, batch)
+        self.run(self._plan.steps, Batch({}))
         self._seconds = time.perf_counter() - start
+
+    @property
+    def plan(self) -> WorkerPlan:
+        return self._plan
+
+    def run(self, steps: Iterable[Step], batch: Batch) -> Batch:
+        """Run a part of the plan in the step ``context.step``; the batch after it."""
+        for step in steps:
+            batch = self._run(step, batch)
+        return batch
 
     def _run(self, step: Step, batch: Batch) -> Batch:
         if step.kind == "drop":
@@ -62,24 +72,27 @@ class DagWorker:
             return batch
         with self._tracer.span(step.id, step=self._context.step, stage=self._context.stage):
             if step.kind == "redistribute":
-                return self._redistribute(step, batch)
+                return self.redistribute(step, batch, self._context.metrics)
             output = self._functions[step.id](self._context, self._view(step, batch), step)
         return self._apply(step, batch, output)
 
-    def _redistribute(self, step: Step, batch: Batch) -> Batch:
-        config = self._context.config
+    def redistribute(self, step: Step, batch: Batch, metrics: StepMetrics) -> Batch:
+        """Move the rows as a step says, among the workers that have it in their plans."""
+        context, config = self._context, self._context.config
         assert step.source is not None and step.target is not None
+        everybody = step.role == "all"
+        slots = batch.dense("slot") if "slot" in batch else torch.empty(0, dtype=torch.int64)
         batch, moved = redistribute(
             batch,
-            self._context.collectives,
+            context.world if everybody else context.collectives,
             fields=[name for name in step.fields if name in batch and name not in _IDS],
             split=step.target.split,
-            strata=mini_batch_index(batch.dense("slot"), config.data.prompts_per_step, config.algorithm.mini_batches),
+            strata=mini_batch_index(slots, config.data.prompts_per_step, config.algorithm.mini_batches),
             source=np.array(step.source.shares()),
             target=np.array(step.target.shares()),
-            transport=self._context.transport,
+            transport=context.world_transport if everybody else context.transport,
         )
-        self._context.metrics.sum("data/redistributed_bytes", moved.bytes_sent)
+        metrics.sum("data/redistributed_bytes", moved.bytes_sent)
         return batch
 
     def _view(self, step: Step, batch: Batch) -> Batch:
@@ -106,18 +119,32 @@ class DagWorker:
 
     def reduce_metrics(self) -> dict[str, float]:
         """The metrics of the step that was run, over all workers."""
-        metrics, memory = self._context.metrics, self._context.backend.memory()
+        self.add_step_time()
+        return self.reduce(self._context.metrics)
+
+    def add_step_time(self) -> None:
+        """Add how long the step and its nodes took."""
+        self._context.metrics.max("time/step_s", self._seconds)
+        self.add_times(self._context.metrics)
+
+    def add_times(self, metrics: StepMetrics) -> None:
+        """Add how long this worker's nodes took since the last call, and its memory."""
+        memory = self._context.backend.memory()
         durations = self._tracer.durations()
         times: dict[str, float] = {}
         for step in self._plan.steps:
             key = "time/redistribute_s" if step.kind == "redistribute" else _TIMES.get(step.op)
             if key is not None and step.id in durations:
                 times[key] = times.get(key, 0.0) + durations[step.id]
-        for key, value in {**times, "time/step_s": self._seconds}.items():
+        for key, value in times.items():
             metrics.max(key, value)
         metrics.max("memory/host_peak_bytes", memory.host_peak)
         metrics.max("memory/device_peak_bytes", memory.peak)
-        reduced = metrics.reduce(self._context.collectives)
+
+    def reduce(self, metrics: StepMetrics) -> dict[str, float]:
+        """Metrics of a step over all workers of the run, whatever their roles."""
+        world = self._context.world
+        reduced = metrics.reduce(world, roles=world is not self._context.collectives)
         for unit in ("samples", "tokens"):
             if (count := reduced.pop(f"throughput/{unit}", None)) is not None:
                 reduced[f"throughput/{unit}_per_s"] = count / reduced["time/step_s"]

@@ -20,7 +20,7 @@ from siirl.algorithms.registry import check_names
 from siirl.config.loader import Resolved, Stage, dump
 from siirl.dag.graph import Graph
 from siirl.dag.plan import Table, all_plans_json, batch_table, check_batch
-from siirl.dag.planner import plan_steps, plan_worker
+from siirl.dag.planner import plan_roles, plan_steps
 from siirl.data.sources import open_source, split
 from siirl.device import resolve, select
 from siirl.device.backend import Backend
@@ -127,9 +127,9 @@ def _describe(resolved: Resolved, directory: Path) -> None:
     with (directory / "plan.json").open("w") as file:
         file.write(f'{{"workers": {main.workers}, "pipeline": {json.dumps(main.pipeline)}, "stages": [')
         for number, stage in enumerate(resolved.stages):
-            first = plan_worker(Graph.from_yaml(stage.config.pipeline), stage.config, stage.config.workers, 0)
+            plans = plan_roles(Graph.from_yaml(stage.config.pipeline), stage.config, stage.config.workers)
             file.write(f'{"," if number else ""}\n{{"stage": {json.dumps(stage.name)}, "plans": ')
-            file.writelines(all_plans_json(first))
+            file.writelines(all_plans_json(plans))
             file.write("}")
         file.write("]}\n")
 

@@ -8,6 +8,7 @@ import torch
 
 from siirl.checkpoint.optimizer import optimizer_tensors
 from siirl.config.schema import Config
+from siirl.dag.plan import Role
 from siirl.device.backend import Backend
 from siirl.device.collectives import Collectives
 from siirl.errors import RequestError
@@ -25,19 +26,27 @@ _CACHE_SHARE = 0.3
 class Models:
     """Loads, holds and names the models; the actor lives through all stages, the others through one.
 
+    A worker that only generates has no training engine, and one that only trains no rollout engine.
+
     Args:
         config: of the run's main stage.
-        backend, collectives: of this worker.
+        backend: of this worker.
+        collectives: of the workers with this role.
+        role: of this worker.
     """
 
-    def __init__(self, config: Config, backend: Backend, collectives: Collectives) -> None:
-        self._config, self._backend, self._collectives = config, backend, collectives
+    def __init__(self, config: Config, backend: Backend, collectives: Collectives, role: Role = "all") -> None:
+        self._config, self._backend, self._collectives, self._role = config, backend, collectives, role
         loaded = self._load(config.model.path)
         self.tokenizer, self.decoder = loaded.tokenizer, loaded.model
         self.eos_ids = eos_ids(loaded.tokenizer, loaded.model.config)
-        self.engines: dict[str, TrainingEngine] = {"actor": self._engine(loaded.model, "actor")}
-        self._shared = not self.actor.sharded and config.training.dtype == "float32"
-        self.rollout = self._rollout_engine()
+        self.engines: dict[str, TrainingEngine] = {}
+        self.rollout_dtype: torch.dtype = getattr(torch, config.training.dtype)
+        self._shared = False
+        if role != "rollout":
+            self.engines["actor"] = self._engine(loaded.model, "actor")
+            self._shared = role == "all" and not self.actor.sharded and config.training.dtype == "float32"
+        self._rollout = None if role == "training" else self._rollout_engine()
         self.reloadable_reference = True
 
     def __getitem__(self, name: str) -> TrainingEngine:
@@ -47,6 +56,11 @@ class Models:
     def actor(self) -> TrainingEngine:
         return self.engines["actor"]
 
+    @property
+    def rollout(self) -> NativeEngine:
+        assert self._rollout is not None, "a worker that only trains does not generate"
+        return self._rollout
+
     def begin_stage(self, config: Config, wanted: Iterable[str], first: bool) -> None:
         """Make the models a stage's plan names; the actor starts a new optimiser.
 
@@ -55,6 +69,8 @@ class Models:
             wanted: names in the plan.
             first: no stage has run before, so the actor's weights are those of its file.
         """
+        if self._role == "rollout":
+            return
         self.engines = {"actor": self.actor}
         self.actor.begin(config, config.training.lr)
         if "reference" in wanted:
@@ -70,7 +86,12 @@ class Models:
         self.sync_rollout()
 
     def sync_rollout(self) -> None:
-        """Give the rollout engine the actor's weights: nothing to do where it computes with the same tensors."""
+        """Give this worker's rollout engine, if it has one, the actor's weights.
+
+        There is nothing to do where both compute with the same tensors.
+        """
+        if self._role != "all":
+            return
         weights = () if self._shared else self.actor.named_weights()
         self.rollout.update_weights(weights, self.rollout.version + 1)
 
@@ -120,10 +141,9 @@ class Models:
     def _rollout_engine(self) -> NativeEngine:
         module = self.decoder
         if not self._shared:
-            module = self._load(self._config.model.path).model.to(
-                self._backend.device(), getattr(torch, self._config.training.dtype)
-            )
-            module.requires_grad_(False)
+            if self._role == "all":
+                module = self._load(self._config.model.path).model
+            module = module.to(self._backend.device(), self.rollout_dtype).requires_grad_(False)
         memory = self._backend.memory()
         share = self._collectives.size if memory.unified else 1
         return NativeEngine(

@@ -66,6 +66,7 @@ def rollout(context: Context, batch: Batch, node: Step) -> Output:
         "response_ids": done.response_ids,
         "rollout_log_probs": done.log_probs,
         "finish_reason": done.finish_reason,
+        "policy_version": torch.full((len(samples),), context.policy_version, dtype=torch.int64),
     }
     return Output(columns, take)
 
@@ -135,13 +136,25 @@ def update(context: Context, batch: Batch, node: Step) -> None:
     """Optimise the node's model."""
     assert node.model is not None
     loss = LOSSES[node.params.get("loss", "policy")](context.config.algorithm)
-    context.models[node.model].update(batch, loss, context.step, context.metrics)
+    if "policy_version" in batch:
+        ages = context.step - 1 - batch.dense("policy_version")
+        context.metrics.mean("rollout/staleness_mean", float(ages.sum()), len(ages))
+        context.metrics.max("rollout/staleness_max", float(ages.max()) if len(ages) else None)
+    context.models[node.model].update(_against_behaviour(context, batch), loss, context.step, context.metrics)
+
+
+def _against_behaviour(context: Context, batch: Batch) -> Batch:
+    """Where samples may be of an older policy, the ratio is to the policy that drew them, as its engine computed it."""
+    if not context.config.rollout.max_staleness or "rollout_log_probs" not in batch:
+        return batch
+    return batch.with_columns(old_log_probs=batch["rollout_log_probs"]).drop(["rollout_log_probs"])
 
 
 @_op
 def sync_weights(context: Context, batch: Batch, node: Step) -> None:
     """Give the rollout engine the actor's weights."""
     context.models.sync_rollout()
+    context.policy_version = context.step
 
 
 @_op

@@ -18,6 +18,7 @@ from siirl.algorithms.kl import kl_controller
 from siirl.checkpoint import store
 from siirl.config.loader import Resolved, Stage
 from siirl.dag.graph import Graph
+from siirl.dag.plan import Placement
 from siirl.dag.planner import plan_worker
 from siirl.data.dataloader import DistributedDataloader, Item
 from siirl.data.prompts import PromptReader
@@ -35,6 +36,8 @@ from siirl.telemetry.trace import Tracer
 from siirl.worker.context import Context
 from siirl.worker.dag_worker import DagWorker
 from siirl.worker.models import Models
+from siirl.worker.producer import STOP, Ahead, Produced, Producer, restore
+from siirl.worker.weights import WeightReceiver, WeightSender
 from siirl_kernels import bind
 
 log = logging.getLogger(__name__)
@@ -72,25 +75,47 @@ class RunWorker:
         resolved: the run's configuration.
         run_dir: of the run; shared by all workers.
         backend: bound to this worker's device.
-        collectives: of all workers.
+        world: collectives of all workers.
         resume: go on from the newest checkpoint.
     """
 
-    def __init__(
-        self, resolved: Resolved, run_dir: Path, backend: Backend, collectives: Collectives, resume: bool
-    ) -> None:
+    def __init__(self, resolved: Resolved, run_dir: Path, backend: Backend, world: Collectives, resume: bool) -> None:
         config = resolved.main
         self._resolved, self._run_dir = resolved, run_dir
-        self._backend, self._collectives = backend, collectives
+        self._backend, self._world = backend, world
+        self._place = Placement.of(config, world.size)
+        self._role = self._place.role(world.rank)
+        self._collectives, self._link = self._groups()
         backend.seed(config.seed)
         log.info("kernels: %s", bind(backend.kernel_order()))
-        self._models = Models(config, backend, collectives)
-        self._transport = choose_transport(config.data.transport, collectives)
-        self._tracer = Tracer(run_dir, collectives.rank, enabled=config.logging.trace)
+        self._models = Models(config, backend, self._collectives, self._role)
+        self._world_transport = self._transport = choose_transport(config.data.transport, world)
+        if self._place.disaggregated:
+            self._transport = choose_transport(config.data.transport, self._collectives)
+        self._sender, self._receiver = self._weights_link()
+        self._tracer = Tracer(run_dir, world.rank, enabled=config.logging.trace)
         saved = store.checkpoints(run_dir) if resume else []
         self._checkpoint = saved[-1] if saved else None
         self._state = store.load_state(self._checkpoint) if self._checkpoint else None
-        self._writers = self._open_writers(config.logging.tensorboard) if collectives.rank == 0 else []
+        self._ahead: list[Produced] = []
+        self._writers = self._open_writers(config.logging.tensorboard) if world.rank == 0 else []
+
+    def _groups(self) -> tuple[Collectives, Collectives | None]:
+        """The workers with this one's role; training worker 0 with those that generate, where this one is of them."""
+        if not self._place.disaggregated:
+            return self._world, None
+        roles = [self._world.subgroup(ranks) for ranks in (self._place.training, self._place.rollout)]
+        link = self._world.subgroup([0, *self._place.rollout])
+        return next(group for group in roles if group is not None), link
+
+    def _weights_link(self) -> tuple[WeightSender | None, WeightReceiver | None]:
+        if self._role == "training":
+            names = [name for name, _ in self._models.actor.model.named_parameters()]
+            return WeightSender(self._link, names, self._models.rollout_dtype), None
+        if self._role == "rollout":
+            assert self._link is not None
+            return None, WeightReceiver(self._link, list(self._models.rollout.decoder.named_parameters()))
+        return None, None
 
     def run(self) -> int:
         """Run all stages; the number of the signal that stopped the run, or 0."""
@@ -114,24 +139,54 @@ class RunWorker:
         """Run one stage; True when the run was asked to stop."""
         stage = self._resolved.stages[index]
         with self.open_stage(index) as (worker, context, start):
+            if self._role == "rollout":
+                return self._generate(index, worker, context, start, stop)
             for number in range(start + 1, stage.config.training.steps + 1):
                 worker.run_step(number)
-                context.metrics.max(_STOP, float(stop.signal))  # one worker's signal stops all of them after one step
-                metrics = worker.reduce_metrics()
-                stopping = metrics.pop(_STOP) > 0
-                self._write({"stage": stage.name, "step": number, **metrics})
-                if self._wants_checkpoint(stage, number) or stopping:
-                    self._save(index, context)
+                if self._sender is not None:
+                    changed = context.policy_version == number
+                    self._sender.send(number, self._models.actor.named_weights() if changed else None)
+                worker.add_step_time()
+                saving, stopping = self._end_step(stage, worker, number, context.metrics, stop)
+                if saving:
+                    self._save(index, context, number)
                 if stopping:
+                    if self._sender is not None:
+                        self._sender.send(STOP, None)
                     return True
         return False
+
+    def _generate(self, index: int, worker: DagWorker, context: Context, start: int, stop: StopRequest) -> bool:
+        """A stage of a worker that only generates; True when the run was asked to stop."""
+        stage = self._resolved.stages[index]
+        assert self._receiver is not None
+
+        def end_step(number: int, metrics: StepMetrics) -> tuple[bool, bool]:
+            return self._end_step(stage, worker, number, metrics, stop)
+
+        def save(number: int, ahead: Ahead) -> None:
+            self._save(index, context, number, ahead)
+
+        producer = Producer(worker, context, self._receiver, start, self._ahead, end_step, save)
+        self._ahead = []
+        return producer.run()
+
+    def _end_step(
+        self, stage: Stage, worker: DagWorker, number: int, metrics: StepMetrics, stop: StopRequest
+    ) -> tuple[bool, bool]:
+        """Reduce and write a step's metrics, together with all workers; whether to save, and whether to stop."""
+        metrics.max(_STOP, float(stop.signal))  # one worker's signal stops all of them after one step
+        reduced = worker.reduce(metrics)
+        stopping = reduced.pop(_STOP) > 0
+        self._write({"stage": stage.name, "step": number, **reduced})
+        return self._wants_checkpoint(stage, number) or stopping, stopping
 
     @contextmanager
     def open_stage(self, index: int) -> Iterator[tuple[DagWorker, Context, int]]:
         """A stage with its models and reward processes: what runs its steps, what they use, how many are done."""
         stage = self._resolved.stages[index]
-        config, rank, workers = stage.config, self._collectives.rank, self._collectives.size
-        plan = plan_worker(Graph.from_yaml(config.pipeline), config, workers, rank)
+        config = stage.config
+        plan = plan_worker(Graph.from_yaml(config.pipeline), config, self._world.size, self._world.rank)
         context = self._context(index, stage)
         context.reader.check_longest()  # before the models of the stage, which take a while
         self._models.begin_stage(config, plan.models, first=index == 0)
@@ -140,6 +195,8 @@ class RunWorker:
         if state is not None:
             self._restore(state, context)
             start = state["step"]
+        context.policy_version = start
+        self._begin_weights(start)
         worker = DagWorker(plan, context, self._tracer)
         with context.rewards:
             if any(step.op in ("reward", "evaluate") for step in plan.steps):
@@ -164,6 +221,8 @@ class RunWorker:
             backend=self._backend,
             collectives=self._collectives,
             transport=self._transport,
+            world=self._world,
+            world_transport=self._world_transport,
             models=models,
             loader=DistributedDataloader(
                 train, config.data.prompts_per_step, rank, workers, config.seed, config.data.shuffle
@@ -192,35 +251,69 @@ class RunWorker:
         last = stage.name == "main" and number == stage.config.training.steps
         return (checkpoint.every > 0 and number % checkpoint.every == 0) or (last and checkpoint.save_last)
 
-    def _save(self, index: int, context: Context) -> None:
-        with self._tracer.span("checkpoint", step=context.step, stage=context.stage):
-            state = {
-                "order": [index, context.step],
+    def _begin_weights(self, start: int) -> None:
+        """The workers that generate get the weights that the workers that train begin a stage with."""
+        if self._sender is not None:
+            self._sender.send(start, self._models.actor.named_weights())
+        if self._receiver is not None:
+            weights = self._receiver.receive()[1]
+            assert weights is not None
+            self._models.rollout.update_weights(weights, self._models.rollout.version + 1)
+
+    def _save(self, index: int, context: Context, step: int, ahead: Ahead | None = None) -> None:
+        with self._tracer.span("checkpoint", step=step, stage=context.stage):
+            state: dict[str, Any] = {
+                "order": [index, step],
                 "stage_index": index,
                 "stage": context.stage,
-                "step": context.step,
-                "loader": context.loader.state_dict(),
+                "step": step,
                 "kl": context.kl.state_dict(),
-                "weights_version": self._models.rollout.version,
                 "own_reference": not self._models.reloadable_reference,
             }
-            worker = {"rng": self._backend.rng_state().to_json()}
-            name = store.directory_name(context.stage, context.step)
-            tensors = {key: self._backend.to_canonical(t) for key, t in self._models.tensors().items()}
-            store.save(self._run_dir, name, tensors, state, worker, self._collectives)
-            if self._collectives.rank == 0:
+            if self._place.disaggregated:
+                state |= {"generating": list(self._place.rollout)}
+            else:
+                state |= {"loader": context.loader.state_dict()}
+            worker = {"rng": self._backend.rng_state().to_json()} | ({} if ahead is None else ahead.to_json())
+            store.save(
+                self._run_dir,
+                store.directory_name(context.stage, step),
+                {key: self._backend.to_canonical(t) for key, t in self._models.tensors().items()},
+                state,
+                worker,
+                self._world,
+                holders=self._collectives,
+                worker_tensors=None if ahead is None else ahead.tensors(),
+            )
+            if self._world.rank == 0:
                 store.prune(self._run_dir, context.config.checkpoint.keep)
 
     def _restore(self, state: dict[str, Any], context: Context) -> None:
         assert self._checkpoint is not None
         self._models.reloadable_reference = not state["own_reference"]
-        store.load_tensors(self._checkpoint, self._models.tensors(), self._collectives)
-        context.loader.load_state_dict(state["loader"])
+        if self._role != "rollout":
+            store.load_tensors(self._checkpoint, self._models.tensors(), self._collectives)
+        context.loader.load_state_dict(self._loader_state(state))
         context.kl.load_state_dict(state["kl"])
         self._models.sync_rollout()
-        worker = store.load_worker_state(self._checkpoint, self._collectives.rank)
+        worker = store.load_worker_state(self._checkpoint, self._world.rank)
         if worker is not None:
             self._restore_random_state(RngState.from_json(worker["rng"]), context.config.seed + state["step"])
+
+    def _loader_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Where the dataloader goes on. What was generated ahead is taken over where the same workers generate."""
+        assert self._checkpoint is not None
+        if "loader" in state:
+            return state["loader"]
+        saved = store.load_worker_state(self._checkpoint, state["generating"][0])
+        assert saved is not None
+        if state["generating"] != list(self._place.rollout) or state["workers"] != self._world.size:
+            log.warning("other workers generate than in the checkpoint: what these had generated ahead is drawn again")
+            return saved["loader"]
+        own = store.load_worker_state(self._checkpoint, self._world.rank) if self._role == "rollout" else None
+        if own is not None:
+            self._ahead = restore(own, store.load_worker_tensors(self._checkpoint, self._world.rank))
+        return saved["loader_ahead"]
 
     def _restore_random_state(self, saved: RngState, new_seed: int) -> None:
         """The saved state, or where another device saved it a fresh one that does not begin as the run did."""
@@ -234,12 +327,13 @@ class RunWorker:
     def _export(self) -> None:
         """The trained actor as a Hugging Face directory, ``RUN_DIR/model``."""
         weights = {}
-        for name, tensor in self._models.actor.named_weights():  # gathering is a collective, keeping is not
-            if self._collectives.rank == 0:
-                weights[name] = tensor
-        if self._collectives.rank == 0:
+        if self._role != "rollout":
+            for name, tensor in self._models.actor.named_weights():  # gathering is a collective, keeping is not
+                if self._world.rank == 0:
+                    weights[name] = tensor
+        if self._world.rank == 0:
             save_pretrained(self._models.decoder, self._models.tokenizer, self._run_dir / "model", state_dict=weights)
-        self._collectives.barrier()
+        self._world.barrier()
 
 
 def run_worker(

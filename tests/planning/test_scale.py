@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from siirl.config.schema import Config
-from siirl.dag import Graph, all_plans_json, plan, plan_worker
+from siirl.dag import Graph, all_plans_json, plan, plan_roles, plan_worker
 
 # Processor time, for other programs may run beside the test; VmHWM is the most memory this program had in use.
 MEASURED = """
@@ -62,7 +62,7 @@ def test_a_worker_makes_its_own_plan_and_it_does_not_grow_with_the_workers() -> 
 
 def test_plans_written_piece_by_piece_are_those_of_the_planner() -> None:
     config, graph = Config(), Graph.from_yaml("ppo")
-    text = "".join(all_plans_json(plan_worker(graph, config, 5, 0)))
+    text = "".join(all_plans_json(plan_roles(graph, config, 5)))
     assert json.loads(text) == [p.to_dict() for p in plan(graph, config, 5)]
 
 
