@@ -65,7 +65,9 @@ class Ahead:
             for name in item.batch:
                 column = item.batch[name]
                 parts = {"": column} if isinstance(column, Tensor) else {"": column.values, ".offsets": column.offsets}
-                found |= {f"{item.step}.{name}{suffix}": part.contiguous() for suffix, part in parts.items()}
+                found |= {
+                    f"{item.step}.{name}{suffix}": part.clone() for suffix, part in parts.items()
+                }  # columns share offsets
         return found
 
 
