@@ -27,7 +27,9 @@ def test_grpo_on_policy_generates_scores_updates() -> None:
     assert nodes(worker) == ["data", "rollout", "reward", "advantage", "samples", "update", "sync", "evaluate"]
     assert worker.models == ("actor",)
     ids = {"sample_id", "slot"}
-    assert moved(worker) == [ids | {"prompt_ids", "response_ids", "rollout_log_probs", "policy_version", "advantages", "failed"}]
+    assert moved(worker) == [
+        ids | {"prompt_ids", "response_ids", "rollout_log_probs", "policy_version", "advantages", "failed"}
+    ]
 
 
 def test_grpo_with_several_updates_and_a_reference() -> None:
