@@ -59,7 +59,7 @@ def _neighbours_swapped(output: Tensor, source: Tensor, into: list[int], out: li
 
 
 def _always_from_worker_0(t: Tensor, src: int = 0, **rest: Any) -> Any:
-    return _broadcast(t, src=0, **rest)
+    return _broadcast(t, **(rest | {"group_src": 0}))
 
 
 def _ranks_reversed(self: Collectives, t: Tensor) -> list[Tensor]:
