@@ -223,6 +223,8 @@ def _roles(order: Iterable[Live], layouts: dict[str, Layout | None], place: Plac
                 "set 'layout: tokens' here, or placement=colocated"
             )
         roles[item.node.id] = role
+    if place.disaggregated and not {"rollout", "training"} <= {*roles.values()}:
+        raise RequestError("the pipeline has nothing for workers of their own to do; set placement=colocated")
     return roles
 
 

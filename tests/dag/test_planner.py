@@ -8,6 +8,7 @@ import pytest
 
 from siirl.config.schema import Config
 from siirl.dag import Graph, Layout, Step, WorkerPlan, describe, due, plan, plan_worker
+from siirl.errors import RequestError
 
 
 def nodes(worker: WorkerPlan) -> list[str]:
@@ -252,3 +253,18 @@ def test_plans_that_differ_get_a_table_each(config) -> None:
 def test_a_rank_outside_the_run_is_our_mistake(config) -> None:
     with pytest.raises(AssertionError):
         plan_worker(Graph.from_yaml("grpo"), config, 2, 2)
+
+
+def test_a_pipeline_that_does_not_train_has_no_use_for_a_disaggregated_placement(graph_of) -> None:
+    config = Config(placement="disaggregated", workers=2)
+    with pytest.raises(RequestError, match="set placement=colocated"):
+        plan_worker(graph_of(python("a", reads="[row]")), config, 2, 0)
+
+
+def test_a_disaggregated_placement_parts_the_plan_where_rows_are_trained_on(graph_of) -> None:
+    config = Config(placement="disaggregated", workers=3)
+    graph = graph_of(python("make", writes="[m]"), python("use", "tokens", reads="[m]"))
+    training, generating = plan_worker(graph, config, 3, 0), plan_worker(graph, config, 3, 2)
+    assert nodes(training) == ["use"]
+    assert nodes(generating) == ["data", "make"]
+    assert [step.target.shares() for step in moves(generating)] == [[[0], [1]]]
