@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import safetensors.torch
 from torch import Tensor
 
 from siirl.device.collectives import Collectives
@@ -52,7 +52,7 @@ def save(
         worker_state: JSON of this worker alone.
         collectives: of all workers.
         holders: of the workers that have tensors; default: all. A worker without tensors is none of them.
-        worker_tensors: of this worker alone, on the host.
+        worker_tensors: of this worker alone; no file is written without any.
 
     Returns:
         The checkpoint's directory.
@@ -73,7 +73,7 @@ def save(
             dcp.save(dict(tensors), storage_writer=writer, process_group=group.group, no_dist=group.size == 1)
     _write_json(partial / f"worker_{collectives.rank:03d}.json", worker_state)
     if worker_tensors:
-        save_file(dict(worker_tensors), partial / f"worker_{collectives.rank:03d}.safetensors")
+        _write(partial / f"worker_{collectives.rank:03d}.safetensors", safetensors.torch.save(dict(worker_tensors)))
     collectives.barrier()
     if collectives.rank == 0:
         _write_json(partial / _STATE, {**state, "workers": collectives.size})
@@ -108,10 +108,11 @@ def load_worker_state(checkpoint: Path, rank: int) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def load_worker_tensors(checkpoint: Path, rank: int) -> dict[str, Tensor]:
-    """The tensors that worker ``rank`` saved for itself."""
-    path = checkpoint / f"worker_{rank:03d}.safetensors"
-    return load_file(path) if path.is_file() else {}
+def load_worker_tensors(checkpoint: Path, rank: int, workers: int) -> list[dict[str, Tensor]]:
+    """What worker ``rank`` of ``workers`` takes over: every worker's tensors go to one, to the same rank if it can."""
+    files = sorted(checkpoint.glob("worker_*.safetensors"))
+    mine = [file for file in files if int(file.stem.removeprefix("worker_")) % workers == rank]
+    return [safetensors.torch.load(file.read_bytes()) for file in mine]
 
 
 def load_tensors(checkpoint: Path, tensors: Mapping[str, Tensor], collectives: Collectives) -> None:
@@ -138,8 +139,12 @@ def prune(run_dir: Path, keep: int) -> None:
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    with path.open("w") as file:
-        json.dump(data, file, indent=1)
+    _write(path, json.dumps(data, indent=1).encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -80,6 +80,8 @@ class AlgorithmConfig(Section):
     kl_horizon: PositiveFloat = Field(10_000.0, description="adaptive controller: samples over which it moves")
     value_clip: NonNegativeFloat | None = Field(0.2, description="range of the clipped value loss; null: no clipping")
     value_coef: NonNegativeFloat = Field(1.0, description="factor of the critic's loss")
+    oversample: float = Field(1.0, ge=1, description="dynamic sampling: prompts generated for each missing group")
+    max_rounds: Positive = Field(10, description="dynamic sampling: rounds after which a step takes what there is")
     mini_batches: Positive = Field(1, description="updates per pass over a step's samples")
     epochs: Positive = Field(1, description="passes over a step's samples")
 

@@ -112,8 +112,9 @@ def _writers(nodes: Iterable[Node]) -> dict[str, Node]:
 def _check_condition(item: Live, live: dict[str, Live], writers: dict[str, Node]) -> None:
     """A column that is not written at every step is read at the same steps, or optionally."""
     node = item.node
-    if item.spec.rows == "source" and (item.every > 1 or item.when is not None):
-        raise node.error("makes the rows, which every step needs; it cannot have 'every' or a 'when' over 'step'")
+    if (item.spec.rows == "source" or item.spec.repeats) and (item.every > 1 or item.when is not None):
+        makes = "fills the step" if item.spec.repeats else "makes the rows"
+        raise node.error(f"{makes}, which every step needs; it cannot have 'every' or a 'when' over 'step'")
     for formal, column in item.reads.items():
         writer = live[writers[column].id]
         covered = item.every % writer.every == 0 and writer.when in (None, item.when)

@@ -52,6 +52,8 @@ class OpSpec:
     rows: Literal["keep", "source", "expand", "drop"] = "keep"
     trains: bool = False
     """The op changes the model it uses."""
+    repeats: bool = False
+    """The op may ask for another round: what it waits for runs again, then the op itself."""
     implicit: tuple[str, ...] = ()
     params: tuple[str, ...] | None = ()
     """Accepted keys of the node's `params`; None: any."""
@@ -93,6 +95,12 @@ def _check_update(node: Node) -> str | None:
 def _check_filter(node: Node) -> str | None:
     name = node.params.get("name")
     return None if isinstance(name, str) else "needs params: {name: FILTER}, a registered filter"
+
+
+def _check_log_prob(node: Node) -> str | None:
+    pair = ("rollout_log_probs", "policy_step")
+    given = [name for name in pair if name in node.reads]
+    return f"reads '{given[0]}' without '{pair[given[0] == pair[0]]}'" if len(given) == 1 else None
 
 
 def _names(required: str, optional: str = "") -> dict[str, bool]:
@@ -144,12 +152,26 @@ _OPS: dict[str, OpSpec] = {
             check=_check_filter,
         ),
         OpSpec(
+            "dynamic_sampling",
+            open_reads=True,
+            writes=_names("policy_step"),
+            layout="groups",
+            fixed_layout=True,
+            whole_groups=True,
+            rows="drop",
+            repeats=True,
+            implicit=ROW_IDS,
+            params=("name",),
+            check=_check_filter,
+        ),
+        OpSpec(
             "log_prob",
-            reads=_names("prompt_ids response_ids"),
+            reads=_names("prompt_ids response_ids", "rollout_log_probs policy_step"),
             writes=_names("log_probs"),
             models=("actor", "reference"),
             layout="tokens",
             implicit=("slot",),
+            check=_check_log_prob,
         ),
         OpSpec(
             "value",

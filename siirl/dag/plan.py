@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from siirl.dag.expressions import evaluate
+from siirl.dag.ops import find_op
 from siirl.errors import RequestError
 
 if TYPE_CHECKING:
@@ -198,6 +199,8 @@ def _rows(steps: Sequence[Step]) -> tuple[tuple[str, ...], ...]:
         if step.kind == "redistribute":
             layout = f"{step.source} → {step.target}"
         conditions = [f"every {step.every} steps"] * (step.every > 1) + [step.when] * (step.when is not None)
+        if step.kind == "node" and find_op(step.op).repeats:
+            conditions.append(f"repeats 1 to {number}")
         rows.append(
             (
                 str(number),

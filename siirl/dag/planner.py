@@ -63,6 +63,7 @@ def plan_steps(graph: Graph, config: Config, workers: int) -> tuple[tuple[Step, 
     check_nodes(graph)
     live, dropped = select(graph, config)
     edges = _connect(live, dropped)
+    _close_round(live, edges)
     order = _sort(live, edges)
     _check_order(live, order, edges)
     items = [live[name] for name in order]
@@ -99,6 +100,31 @@ def _connect(live: dict[str, Live], dropped: dict[str, Dropped]) -> dict[str, se
             inputs |= sources
         edges[name] = inputs | resolve(item.node.after, frozenset())
     return edges
+
+
+def _close_round(live: dict[str, Live], edges: dict[str, set[str]]) -> None:
+    """What a repeating node waits for is the round that it may run again; every other node waits for it."""
+    repeating = [name for name, item in live.items() if item.spec.repeats]
+    for other in repeating[1:]:
+        raise live[other].node.error(f"repeats what comes before it, as node '{repeating[0]}' does; use one of them")
+    for name in repeating:
+        inside: set[str] = set()
+        waiting = list(edges[name])
+        while waiting:
+            if (inner := waiting.pop()) not in inside:
+                inside.add(inner)
+                waiting += edges[inner]
+        for inner in inside:
+            item = live[inner]
+            if item.spec.trains:
+                raise item.node.error(f"trains the {item.node.model} in the round that node '{name}' repeats")
+            if item.node.writes and (item.every > 1 or item.when is not None):
+                raise item.node.error(
+                    f"writes columns at some steps only, in the round that node '{name}' repeats: groups that are left "
+                    "over for another step would lack them; leave out 'every' and the 'when' over 'step'"
+                )
+        for outer in live.keys() - inside - {name}:
+            edges[outer].add(name)
 
 
 def _sort(live: dict[str, Live], edges: dict[str, set[str]]) -> list[str]:

@@ -1,9 +1,9 @@
 """The distributed dataloader: which prompts make a step, and which of them this worker reads.
 
 There is one endless stream of global positions. Epoch e is the positions [e n, (e + 1) n) of a source with n rows, in
-an order that depends on the seed and the epoch alone; step s is the positions [s P, (s + 1) P) for P prompts a step.
-A step may cross epochs. Every worker reads a contiguous slice of the step, so the steps are the same for any number
-of workers.
+an order that depends on the seed and the epoch alone. Each read takes the positions that come next, a step's number of
+them unless another one is asked for, and may cross epochs. Every worker reads a contiguous slice of them, so they are
+the same for any number of workers.
 
 Importing this module imports no torch.
 """
@@ -50,16 +50,21 @@ class DistributedDataloader:
             raise RequestError("data.source has no rows to draw prompts from")
         assert prompts_per_step > 0 and 0 <= rank < workers
         self._prompts_per_step = prompts_per_step
-        self._start, self._stop = (prompts_per_step * r // workers for r in (rank, rank + 1))
+        self._rank, self._workers = rank, workers
         self._seed = seed
         self._shuffle = shuffle
         self._position = 0
         self._epoch, self._order = -1, self._indices[:0]
 
-    def next_indices(self) -> list[Item]:
-        """Return this worker's part of the next step; parts differ by at most one prompt and may be empty."""
-        items = [self._item(slot) for slot in range(self._start, self._stop)]
-        self._position += self._prompts_per_step
+    def next_indices(self, prompts: int | None = None) -> list[Item]:
+        """Return this worker's part of the next prompts; parts differ by at most one prompt and may be empty.
+
+        ``prompts``: how many over all workers, the same on each; default: those of a step.
+        """
+        count = self._prompts_per_step if prompts is None else prompts
+        start, stop = (count * r // self._workers for r in (self._rank, self._rank + 1))
+        items = [self._item(slot) for slot in range(start, stop)]
+        self._position += count
         return items
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from siirl.algorithms.kl import KLController
 from siirl.config.schema import Config
 from siirl.data.batch import Batch, Column
 from siirl.data.dataloader import DistributedDataloader, Item
+from siirl.data.dynamic_sampling import GroupPool
 from siirl.data.prompts import PromptReader
 from siirl.data.transport import Transport
 from siirl.device.backend import Backend
@@ -31,7 +32,7 @@ class Context:
     ``collectives`` and ``transport`` are of the workers that share this one's role, ``world`` and ``world_transport``
     of all; where every worker does everything they are the same. ``step`` counts from 1; ``policy_version`` is the
     number of steps that the rollout engine's weights have seen; ``rollout_seed`` differs by stage, for sample ids
-    begin anew in each.
+    begin anew in each. ``pool`` is there where the pipeline has a node with ``op: dynamic_sampling``.
     """
 
     stage: str
@@ -51,6 +52,7 @@ class Context:
     metrics: StepMetrics
     kl: KLController
     rollout_seed: int
+    pool: GroupPool | None = None
     step: int = 0
     policy_version: int = 0
 
@@ -63,11 +65,14 @@ class Output:
         columns: new columns, by their formal names; ragged or dense, over the rows after ``take``.
         take: int64 [rows]: the rows that go on, in order; a row may come several times. None: all, once.
         batch: a new batch in place of the old one (an op that is a source of rows).
+        whole: from the batch with all its columns, those that the node does not read too, the one that goes on; None
+            when the plan has to run again from its first step to this one.
     """
 
     columns: Mapping[str, Column] = field(default_factory=dict)
     take: Tensor | None = None
     batch: Batch | None = None
+    whole: Callable[[Batch], Batch | None] | None = None
 
 
 Op = Callable[..., Output | Mapping[str, Column] | None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -52,6 +52,8 @@ class DagWorker:
         context.step = number
         context.backend.reset_peak_memory()
         start = time.perf_counter()
+        if context.pool is not None:
+            context.pool.begin()
         self.run(self._plan.steps, Batch({}))
         self._seconds = time.perf_counter() - start
 
@@ -59,13 +61,16 @@ class DagWorker:
     def plan(self) -> WorkerPlan:
         return self._plan
 
-    def run(self, steps: Iterable[Step], batch: Batch) -> Batch:
+    def run(self, steps: Sequence[Step], batch: Batch) -> Batch:
         """Run a part of the plan in the step ``context.step``; the batch after it."""
-        for step in steps:
-            batch = self._run(step, batch)
+        at = 0
+        while at < len(steps):
+            after = self._run(steps[at], batch)
+            batch, at = (Batch({}), 0) if after is None else (after, at + 1)
         return batch
 
-    def _run(self, step: Step, batch: Batch) -> Batch:
+    def _run(self, step: Step, batch: Batch) -> Batch | None:
+        """The batch after a step; None when another round is due, so that the plan begins anew."""
         if step.kind == "drop":
             return batch.drop([name for name in step.fields if name in batch])
         if step.kind == "node" and not due(step, self._context.step, self._context.config):
@@ -100,11 +105,13 @@ class DagWorker:
         columns = {name: batch[name] for name in _IDS if name in batch}
         return Batch(columns | {formal: batch[name] for formal, name in step.reads.items() if name in batch})
 
-    def _apply(self, step: Step, batch: Batch, output: Output | Mapping[str, Column] | None) -> Batch:
+    def _apply(self, step: Step, batch: Batch, output: Output | Mapping[str, Column] | None) -> Batch | None:
         if not isinstance(output, Output):
             output = Output(columns=output or {})
         if output.batch is not None:
             return output.batch
+        if output.whole is not None:
+            return output.whole(batch)
         if output.take is not None:
             batch = batch.take(output.take)
         if missing := [formal for formal in step.writes if formal not in output.columns]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,8 +32,8 @@ def _op(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @_op
 def data(context: Context, batch: Batch, node: Step) -> Output:
-    """This worker's prompts of the step."""
-    items = context.loader.next_indices()
+    """This worker's prompts of the step, or of the round where groups are sampled dynamically."""
+    items = context.loader.next_indices(None if context.pool is None else context.pool.prompts)
     read = context.reader.read(items, supervised=bool(node.params.get("supervised")))
     context.metrics.sum("data/skipped", len(items) - len(read))
     if "response_ids" in read:
@@ -99,10 +100,46 @@ def filter(context: Context, batch: Batch, node: Step) -> Output:
 
 
 @_op
+def dynamic_sampling(context: Context, batch: Batch, node: Step) -> Output:
+    """Hold the groups of which the registered filter ``params.name`` keeps rows; go on when they fill the step."""
+    keep = get_filter(node.params["name"])(batch, context.config.algorithm)
+    return Output(whole=partial(_fill_step, context, keep, node.writes["policy_step"]))
+
+
+def _fill_step(context: Context, keep: torch.Tensor, policy_step: str, batch: Batch) -> Batch | None:
+    """The step's rows, or None for another round; ``keep`` marks the rows of this round that passed."""
+    assert context.pool is not None
+    pool, metrics = context.pool, context.metrics
+    passed = batch.take(keep.nonzero().squeeze(1))
+    generated, kept = _groups(batch), _groups(passed)
+    metrics.sum("sampling/generated_groups", generated)
+    metrics.sum("sampling/filtered_groups", generated - kept)
+    metrics.sum("sampling/kept_groups", kept)
+    made = torch.full((len(passed),), context.step, dtype=torch.int64)
+    rows = pool.add(passed.with_columns(**{policy_step: made}), context.collectives)
+    if rows is None:
+        return None
+    metrics.mean("sampling/rounds", pool.rounds, 1)
+    metrics.sum("sampling/trained_groups", _groups(rows))
+    metrics.sum("sampling/leftover_groups", _groups(pool.rows))
+    metrics.max("sampling/age_max", context.step - int(rows.dense(policy_step).min()) if len(rows) else None)
+    return rows
+
+
+@_op
 def log_prob(context: Context, batch: Batch, node: Step) -> dict[str, Ragged]:
-    """Log-probs of the response tokens under the node's model."""
+    """Log-probs of the response tokens under the node's model.
+
+    With ``policy_step`` they are those of the policy that drew the tokens: a row of an earlier step keeps what rollout
+    computed then, for that policy's weights are gone.
+    """
     assert node.model is not None
-    return {"log_probs": context.models[node.model].log_probs(batch, context.config.algorithm.mini_batches)}
+    found = context.models[node.model].log_probs(batch, context.config.algorithm.mini_batches)
+    if "policy_step" in batch:
+        earlier = (batch.dense("policy_step") < context.step).repeat_interleave(found.lengths)
+        values = torch.where(earlier, batch.ragged("rollout_log_probs").values, found.values)
+        found = Ragged(values, found.offsets)
+    return {"log_probs": found}
 
 
 @_op
@@ -207,6 +244,10 @@ def _score(context: Context, batch: Batch) -> list[RewardResult]:
     rows = [json.loads(text) for text in batch.texts("row")]
     responses = [context.models.decode(ids.tolist()) for ids in batch.ragged("response_ids").rows()]
     return context.rewards.score([context.reader.prompt_text(row) for row in rows], responses, rows)
+
+
+def _groups(batch: Batch) -> int:
+    return len(batch.dense("group_id").unique()) if len(batch) else 0
 
 
 def _lengths(context: Context, batch: Batch) -> None:

@@ -21,6 +21,7 @@ from siirl.dag.graph import Graph
 from siirl.dag.plan import Placement
 from siirl.dag.planner import plan_worker
 from siirl.data.dataloader import DistributedDataloader, Item
+from siirl.data.dynamic_sampling import GroupPool
 from siirl.data.prompts import PromptReader
 from siirl.data.sources import open_source, split
 from siirl.data.transport import choose as choose_transport
@@ -188,6 +189,9 @@ class RunWorker:
         config = stage.config
         plan = plan_worker(Graph.from_yaml(config.pipeline), config, self._world.size, self._world.rank)
         context = self._context(index, stage)
+        if any(step.op == "dynamic_sampling" for step in plan.steps):
+            algorithm = config.algorithm
+            context.pool = GroupPool(config.data.prompts_per_step, algorithm.oversample, algorithm.max_rounds)
         context.reader.check_longest()  # before the models of the stage, which take a while
         self._models.begin_stage(config, plan.models, first=index == 0)
         state = self._state if self._state is not None and self._state["stage_index"] == index else None
@@ -275,6 +279,7 @@ class RunWorker:
             else:
                 state |= {"loader": context.loader.state_dict()}
             worker = {"rng": self._backend.rng_state().to_json()} | ({} if ahead is None else ahead.to_json())
+            held = None if context.pool is None else context.pool.state()
             store.save(
                 self._run_dir,
                 store.directory_name(context.stage, step),
@@ -283,7 +288,7 @@ class RunWorker:
                 worker,
                 self._world,
                 holders=self._collectives,
-                worker_tensors=None if ahead is None else ahead.tensors(),
+                worker_tensors=held if ahead is None else ahead.tensors(),
             )
             if self._world.rank == 0:
                 store.prune(self._run_dir, context.config.checkpoint.keep)
@@ -295,6 +300,9 @@ class RunWorker:
             store.load_tensors(self._checkpoint, self._models.tensors(), self._collectives)
         context.loader.load_state_dict(self._loader_state(state))
         context.kl.load_state_dict(state["kl"])
+        if context.pool is not None:
+            held = store.load_worker_tensors(self._checkpoint, self._collectives.rank, self._collectives.size)
+            context.pool.restore(held, self._collectives)
         self._models.sync_rollout()
         worker = store.load_worker_state(self._checkpoint, self._world.rank)
         if worker is not None:
@@ -312,7 +320,8 @@ class RunWorker:
             return saved["loader"]
         own = store.load_worker_state(self._checkpoint, self._world.rank) if self._role == "rollout" else None
         if own is not None:
-            self._ahead = restore(own, store.load_worker_tensors(self._checkpoint, self._world.rank))
+            held = store.load_worker_tensors(self._checkpoint, self._world.rank, self._world.size)
+            self._ahead = restore(own, next(iter(held), {}))
         return saved["loader_ahead"]
 
     def _restore_random_state(self, saved: RngState, new_seed: int) -> None:

@@ -11,6 +11,12 @@ from siirl.errors import RequestError
 ROLLOUT = "{id: rollout, op: rollout, model: actor, reads: [prompt_ids], writes: [response_ids]}"
 REWARD = "{id: reward, op: reward, reads: [prompt_ids, response_ids, row], writes: [reward, failed]}"
 
+KEEP = "{id: keep, op: dynamic_sampling, params: {name: f}, reads: [group_id], writes: [policy_step]}"
+OLD = (
+    "{id: old, op: log_prob, model: actor, reads: [prompt_ids, response_ids, rollout_log_probs, policy_step], "
+    "writes: [log_probs]}"
+)
+
 
 def python(name: str, **keys: str) -> str:
     return f"{{id: {name}, op: 'python:m:{name}'" + "".join(f", {key}: {value}" for key, value in keys.items()) + "}"
@@ -91,6 +97,51 @@ CASES = {
     "filter without a name": (
         [ROLLOUT, "{id: f, op: filter, reads: [response_ids]}"],
         "p.yaml:4: node 'f': needs params: {name: FILTER}",
+    ),
+    "dynamic sampling without a name": (
+        [ROLLOUT, "{id: k, op: dynamic_sampling, reads: [group_id], writes: [policy_step]}"],
+        "p.yaml:4: node 'k': needs params: {name: FILTER}",
+    ),
+    "dynamic sampling without its column": (
+        [ROLLOUT, "{id: k, op: dynamic_sampling, params: {name: f}, reads: [group_id]}"],
+        "p.yaml:4: node 'k': op 'dynamic_sampling' must write 'policy_step'",
+    ),
+    "dynamic sampling of cut groups": (
+        [ROLLOUT, KEEP.replace("params", "layout: tokens, params")],
+        "p.yaml:4: node 'keep': op 'dynamic_sampling' runs in layout 'groups', not 'tokens'",
+    ),
+    "dynamic sampling now and then": (
+        [ROLLOUT, KEEP.replace("params", "every: 2, params")],
+        "p.yaml:4: node 'keep': fills the step, which every step needs; it cannot have 'every'",
+    ),
+    "two loops": (
+        [ROLLOUT, KEEP, KEEP.replace("keep", "again").replace("[policy_step]", "{policy_step: second}")],
+        "p.yaml:5: node 'again': repeats what comes before it, as node 'keep' does; use one of them",
+    ),
+    "a column of the round that is there now and then": (
+        [
+            ROLLOUT,
+            python("a", every="2", writes="[x]", after="[rollout]"),
+            KEEP.replace("params", "after: [a], params"),
+        ],
+        "p.yaml:4: node 'a': writes columns at some steps only, in the round that node 'keep' repeats",
+    ),
+    "training within the round": (
+        [
+            ROLLOUT,
+            "{id: u, op: update, model: actor, params: {loss: sft}, reads: [prompt_ids, response_ids], "
+            "after: [rollout]}",
+            KEEP.replace("params", "after: [u], params"),
+        ],
+        "p.yaml:4: node 'u': trains the actor in the round that node 'keep' repeats",
+    ),
+    "log-probs of an earlier policy without those of rollout": (
+        [ROLLOUT.replace("ids]}", "ids, rollout_log_probs]}"), KEEP, OLD.replace(", rollout_log_probs", "")],
+        "p.yaml:5: node 'old': reads 'policy_step' without 'rollout_log_probs'",
+    ),
+    "log-probs of rollout without the policy they are of": (
+        [ROLLOUT.replace("ids]}", "ids, rollout_log_probs]}"), KEEP, OLD.replace(", policy_step", "")],
+        "p.yaml:5: node 'old': reads 'rollout_log_probs' without 'policy_step'",
     ),
     "loss": (
         [ROLLOUT, "{id: u, op: update, model: actor, params: {loss: polcy}, reads: [prompt_ids, response_ids]}"],

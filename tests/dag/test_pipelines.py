@@ -41,6 +41,27 @@ def test_grpo_with_several_updates_and_a_reference() -> None:
     assert {"old_log_probs", "ref_log_probs"} <= set(reads)
 
 
+def test_dapo_generates_and_scores_in_rounds_and_trains_once() -> None:
+    worker = planned("dapo")
+    assert nodes(worker) == [
+        "data",
+        "rollout",
+        "reward",
+        "keep",
+        "advantage",
+        "samples",
+        "old",
+        "update",
+        "sync",
+        "evaluate",
+    ]
+    ids = {"sample_id", "slot"}
+    update = {"prompt_ids", "response_ids", "rollout_log_probs", "advantages", "failed"}
+    assert moved(worker) == [ids | update | {"policy_step"}]
+    reads = next(step.reads for step in worker.steps if step.id == "old")
+    assert set(reads) == {"prompt_ids", "response_ids", "rollout_log_probs", "policy_step"}
+
+
 def test_sft_needs_neither_rollout_nor_reward() -> None:
     worker = planned("sft")
     assert nodes(worker) == ["data", "update", "sync", "evaluate"]
@@ -71,7 +92,7 @@ def test_ppo_computes_log_probs_only_where_they_are_used(algorithm: dict, extra:
     assert not {"group_id", "row", "finish_reason"} & moved(worker)[0]
 
 
-@pytest.mark.parametrize("name", ["grpo", "ppo", "sft"])
+@pytest.mark.parametrize("name", ["dapo", "grpo", "ppo", "sft"])
 @pytest.mark.parametrize(
     ("every", "at_end", "expected"),
     [(0, True, [9]), (0, False, None), (4, False, [4, 8]), (4, True, [4, 8, 9]), (1, True, list(range(1, 10)))],
@@ -83,14 +104,14 @@ def test_evaluation_is_due_when_asked_for(name: str, every: int, at_end: bool, e
     assert found == expected
 
 
-@pytest.mark.parametrize("name", ["grpo", "ppo", "sft"])
+@pytest.mark.parametrize("name", ["dapo", "grpo", "ppo", "sft"])
 def test_the_file_is_named_after_its_pipeline_and_says_what_it_is(name: str) -> None:
     graph = Graph.from_yaml(name)
     assert graph.name == name
     assert graph.description.endswith(".")
 
 
-@pytest.mark.parametrize("name", ["grpo", "ppo", "sft"])
+@pytest.mark.parametrize("name", ["dapo", "grpo", "ppo", "sft"])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_no_built_in_pipeline_leans_on_the_order_of_its_file(name: str, reverse: bool) -> None:
     graph = Graph.from_yaml(name)

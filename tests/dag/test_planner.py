@@ -148,6 +148,20 @@ def test_the_update_keeps_the_ids_it_does_not_list(graph_of, config) -> None:
     assert dropped_after(plan_worker(graph, config, 1, 0))["group_id"] == "rollout"
 
 
+def test_what_a_repeating_node_does_not_wait_for_comes_after_it(graph_of, config) -> None:
+    entries = [
+        "{id: note, op: 'python:m:note', writes: []}",
+        "{id: later, op: 'python:m:later', reads: [response_ids], writes: [x]}",
+        "{id: keep, op: dynamic_sampling, params: {name: f}, reads: [group_id, y], writes: [policy_step]}",
+        "{id: scored, op: 'python:m:scored', reads: [response_ids], writes: [y], after: [rollout]}",
+        "{id: rollout, op: rollout, model: actor, reads: [prompt_ids], writes: [response_ids]}",
+    ]
+    for order in (entries, entries[::-1]):
+        steps = [step.id for step in plan_worker(graph_of(*order), config, 2, 0).steps if step.kind == "node"]
+        assert steps[:4] == ["data", "rollout", "scored", "keep"]
+        assert set(steps[4:]) == {"note", "later"}
+
+
 def test_a_filter_has_its_place_between_what_it_keeps_and_what_it_drops(graph_of, config) -> None:
     entries = [
         "{id: rollout, op: rollout, model: actor, reads: [prompt_ids], writes: [response_ids]}",

@@ -60,6 +60,16 @@ def test_an_epoch_is_every_row_once_wherever_steps_end(prompts):
     assert max(Counter((item.epoch, item.row) for item in items).values()) == 1
 
 
+@pytest.mark.parametrize("workers", [1, 2, 3, 11])
+def test_prompts_asked_for_in_other_numbers_are_the_same_stream(workers):
+    loaders = [DistributedDataloader(range(10, 33), 8, rank, workers, seed=5) for rank in range(workers)]
+    parts = [[loader.next_indices(count) for loader in loaders] for count in (5, 0, 1, 26, 8)]
+    assert [len(flat(part)) for part in parts] == [5, 0, 1, 26, 8]
+    assert [item.slot for item in flat(parts[3])] == list(range(26))
+    found = [item._replace(slot=0) for part in parts for item in flat(part)]
+    assert found == [item._replace(slot=0) for step in steps(5) for item in flat(step)]
+
+
 def test_epochs_and_seeds_have_orders_of_their_own():
     def order(seed: int, epoch: int) -> list[int]:
         return permutation(100, seed, epoch).tolist()
