@@ -27,12 +27,13 @@ logging: {samples_every: 1}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, example: Finished) -> list[Path]:
-    """Runs that together write every metric: the example, PPO, GRPO with a reference model on two workers."""
+    """Runs that together write every metric: the example, PPO, DAPO, GRPO with a reference model on two workers."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "recipe.yaml").write_text(RECIPE)
     cases: dict[str, dict[str, Any]] = {
         "ppo": {"pipeline": "ppo", "warmup": [{"pipeline": "sft"}]},
         "grpo": {"workers": 2, "algorithm.kl_coef": 0.1},
+        "dapo": {"pipeline": "dapo"},
     }
     with chdir(folder):
         return [

@@ -11,13 +11,14 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from siirl.dag import Graph
+from siirl.dag import Graph, Read
 from tests.worker import runs
 
-# Right or wrong by the first character alone: of four tries of a tiny random model most groups have both, some do not.
+# Right or wrong by the first character, and a little for the length. Of four tries of a tiny random model most groups
+# have right and wrong ones, some do not; the rewards of nearly all differ.
 REWARD = """
 def first(prompt, response, sample):
-    return float(response[:1] in tuple("02468abcdefghijk"))
+    return float(response[:1] in tuple("02468abcdefghijk")) + 0.01 * len(response)
 """
 
 PROBES = """
@@ -28,8 +29,10 @@ def write(context, name, facts):
     folder.mkdir(exist_ok=True)
     place = f"{name}_{context.step:03d}_{context.pool.rounds:02d}_{context.collectives.rank}.json"
     (folder / place).write_text(json.dumps({"step": context.step, **facts}))
+def grade(batch, context):
+    return {"accuracy": (batch.dense("reward") >= 1).float()}
 def generated(batch, context):
-    names = ("sample_id", "group_id", "reward", "failed")
+    names = ("sample_id", "group_id", "accuracy")
     write(context, "generated", {name: batch.dense(name).tolist() for name in names})
 def trained(batch, context):
     facts = {name: batch.dense(name).tolist() for name in ("sample_id", "group_id", "slot", "policy_step")}
@@ -47,13 +50,17 @@ USUAL = ("training.steps=7", "algorithm.oversample=2", "algorithm.mini_batches=2
 
 
 def write_recipe(folder: Path, *, leftovers_lost: bool = False) -> Path:
-    """The small recipe with the pipeline `dapo`, whose groups and training rows are written to ``probes/``."""
+    """The small recipe with the pipeline `dapo`, whose groups and training rows are written to ``probes/``.
+
+    The groups that are kept are those in which the accuracy differs, not the reward.
+    """
     recipe = runs.write_recipe(folder)
     (folder / "rewards.py").write_text(REWARD)
     (folder / "probes.py").write_text(PROBES)
     recipe.write_text(recipe.read_text().replace(":digits", ":first") + "pipeline: probed.yaml\n")
     graph = Graph.from_yaml("dapo")
-    graph.node("see", op=f"python:{folder}/probes.py:generated", reads=["reward", "failed", "group_id"])
+    graph.node("grade", op=f"python:{folder}/probes.py:grade", reads=["reward"], writes=["accuracy"], after=["rollout"])
+    graph.node("see", op=f"python:{folder}/probes.py:generated", reads=["accuracy", "group_id"])
     graph.node(
         "look",
         op=f"python:{folder}/probes.py:trained",
@@ -62,6 +69,9 @@ def write_recipe(folder: Path, *, leftovers_lost: bool = False) -> Path:
     )
     waits = {"keep": ("see",), "update": ("look",)}
     graph.nodes = [replace(node, after=node.after + waits.get(node.id, ())) for node in graph.nodes]
+    keep = next(index for index, node in enumerate(graph.nodes) if node.id == "keep")
+    measured = {**graph.nodes[keep].reads, "reward": Read("accuracy")}
+    graph.nodes[keep] = replace(graph.nodes[keep], reads=measured)
     if leftovers_lost:
         graph.node("lose", op=f"python:{folder}/probes.py:lose", after=["sync"])
     (folder / "probed.yaml").write_text(graph.to_yaml())
@@ -86,15 +96,15 @@ def account(run_dir: Path) -> tuple[list[int], list[int]]:
     """The samples that were lost, and those that were seen more than once; a sound run has none of either.
 
     Every sample that was generated is trained on once, or filtered, or waits in the last checkpoint. Whether it has to
-    be filtered follows from the rewards of its group as they were when it was generated.
+    be filtered follows from the accuracy of its group's samples when they were generated.
     """
-    rewards: dict[int, set[float]] = defaultdict(set)
+    accuracy: dict[int, set[float]] = defaultdict(set)
     made: list[tuple[int, int]] = []
     for probe in probes(run_dir, "generated"):
-        for sample, group, reward in zip(probe["sample_id"], probe["group_id"], probe["reward"], strict=True):
-            rewards[group].add(reward)
+        for sample, group, right in zip(probe["sample_id"], probe["group_id"], probe["accuracy"], strict=True):
+            accuracy[group].add(right)
             made.append((sample, group))
-    filtered = [sample for sample, group in made if len(rewards[group]) == 1]
+    filtered = [sample for sample, group in made if len(accuracy[group]) == 1]
     trained = [sample for probe in probes(run_dir, "trained") for sample in probe["sample_id"]]
     waiting = leftovers(last_checkpoint(run_dir))
     seen = Counter(trained) + Counter(filtered) + Counter(waiting)
