@@ -33,7 +33,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, example: Finished) -> list[Pa
     cases: dict[str, dict[str, Any]] = {
         "ppo": {"pipeline": "ppo", "warmup": [{"pipeline": "sft"}]},
         "grpo": {"workers": 2, "algorithm.kl_coef": 0.1},
-        "dapo": {"pipeline": "dapo"},
+        "dapo": {
+            "pipeline": "dapo",
+            "reward.function": f"{ROOT}/docs/examples/partial_credit.py:partial_credit",
+        },
     }
     with chdir(folder):
         return [
