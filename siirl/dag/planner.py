@@ -114,8 +114,7 @@ def _close_round(live: dict[str, Live], edges: dict[str, set[str]]) -> None:
             if (inner := waiting.pop()) not in inside:
                 inside.add(inner)
                 waiting += edges[inner]
-        for inner in inside:
-            item = live[inner]
+        for item in (item for inner, item in live.items() if inner in inside):
             if item.spec.trains:
                 raise item.node.error(f"trains the {item.node.model} in the round that node '{name}' repeats")
             if item.node.writes and (item.every > 1 or item.when is not None):
