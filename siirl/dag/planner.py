@@ -237,6 +237,8 @@ def _roles(order: Iterable[Live], layouts: dict[str, Layout | None], place: Plac
             role = "rollout"
         elif item.node.op != "sync_weights" and place.disaggregated and layout is not None:
             role = "rollout" if layout.ranks == place.rollout else "training"
+        if place.disaggregated and item.node.op == "dynamic_sampling":
+            raise item.node.error("keeps groups from step to step where they are trained on; set placement=colocated")
         if role == "training" and item.node.op == "rollout":
             raise item.node.error(
                 "generates after a node that trains, so with placement=disaggregated rows would have to go back; "

@@ -178,6 +178,7 @@ def test_weights_that_are_sharded_come_whole(recipe: Path, tmp_path: Path) -> No
         (["rollout.max_staleness=1"], "set placement=disaggregated"),
         (["placement=disaggregated"], "set workers=2 or more"),
         (disaggregated(3, 3), "set workers=4 or more"),
+        (["pipeline=dapo", *disaggregated(2, 1)], "node 'keep': keeps groups from step to step"),
     ],
 )
 def test_what_cannot_be_placed(arguments: list[str], says: str, recipe: Path, tmp_path: Path) -> None:
