@@ -98,8 +98,10 @@ def _check_filter(node: Node) -> str | None:
 
 
 def _check_log_prob(node: Node) -> str | None:
-    pair = ("rollout_log_probs", "policy_step")
+    pair = ("rollout_log_probs", "policy_version")
     given = [name for name in pair if name in node.reads]
+    if given and node.model != "actor":
+        return f"reads '{given[0]}', which is of the actor, not of the {node.model}"
     return f"reads '{given[0]}' without '{pair[given[0] == pair[0]]}'" if len(given) == 1 else None
 
 
@@ -154,7 +156,6 @@ _OPS: dict[str, OpSpec] = {
         OpSpec(
             "dynamic_sampling",
             open_reads=True,
-            writes=_names("policy_step"),
             layout="groups",
             fixed_layout=True,
             whole_groups=True,
@@ -166,7 +167,7 @@ _OPS: dict[str, OpSpec] = {
         ),
         OpSpec(
             "log_prob",
-            reads=_names("prompt_ids response_ids", "rollout_log_probs policy_step"),
+            reads=_names("prompt_ids response_ids", "rollout_log_probs policy_version"),
             writes=_names("log_probs"),
             models=("actor", "reference"),
             layout="tokens",

@@ -103,10 +103,10 @@ def filter(context: Context, batch: Batch, node: Step) -> Output:
 def dynamic_sampling(context: Context, batch: Batch, node: Step) -> Output:
     """Hold the groups of which the registered filter ``params.name`` keeps rows; go on when they fill the step."""
     keep = get_filter(node.params["name"])(batch, context.config.algorithm)
-    return Output(whole=partial(_fill_step, context, keep, node.writes["policy_step"]))
+    return Output(whole=partial(_fill_step, context, keep))
 
 
-def _fill_step(context: Context, keep: torch.Tensor, policy_step: str, batch: Batch) -> Batch | None:
+def _fill_step(context: Context, keep: torch.Tensor, batch: Batch) -> Batch | None:
     """The step's rows, or None for another round; ``keep`` marks the rows of this round that passed."""
     assert context.pool is not None
     pool, metrics = context.pool, context.metrics
@@ -115,14 +115,12 @@ def _fill_step(context: Context, keep: torch.Tensor, policy_step: str, batch: Ba
     metrics.sum("sampling/generated_groups", generated)
     metrics.sum("sampling/filtered_groups", generated - kept)
     metrics.sum("sampling/kept_groups", kept)
-    made = torch.full((len(passed),), context.step, dtype=torch.int64)
-    rows = pool.add(passed.with_columns(**{policy_step: made}), context.collectives)
+    rows = pool.add(passed, context.collectives)
     if rows is None:
         return None
     metrics.mean("sampling/rounds", pool.rounds, 1)
     metrics.sum("sampling/trained_groups", _groups(rows))
     metrics.sum("sampling/leftover_groups", _groups(pool.rows))
-    metrics.max("sampling/age_max", context.step - int(rows.dense(policy_step).min()) if len(rows) else None)
     return rows
 
 
@@ -130,14 +128,14 @@ def _fill_step(context: Context, keep: torch.Tensor, policy_step: str, batch: Ba
 def log_prob(context: Context, batch: Batch, node: Step) -> dict[str, Ragged]:
     """Log-probs of the response tokens under the node's model.
 
-    With ``policy_step`` they are those of the policy that drew the tokens: a row of an earlier step keeps what rollout
-    computed then, for that policy's weights are gone.
+    With ``policy_version`` they are those of the policy that drew the tokens: a row of older weights keeps what rollout
+    computed with them, for they are gone.
     """
     assert node.model is not None
     found = context.models[node.model].log_probs(batch, context.config.algorithm.mini_batches)
-    if "policy_step" in batch:
-        earlier = (batch.dense("policy_step") < context.step).repeat_interleave(found.lengths)
-        values = torch.where(earlier, batch.ragged("rollout_log_probs").values, found.values)
+    if "policy_version" in batch:
+        older = (_staleness(context, batch) > 0).repeat_interleave(found.lengths)
+        values = torch.where(older, batch.ragged("rollout_log_probs").values, found.values)
         found = Ragged(values, found.offsets)
     return {"log_probs": found}
 
@@ -174,10 +172,15 @@ def update(context: Context, batch: Batch, node: Step) -> None:
     assert node.model is not None
     loss = LOSSES[node.params.get("loss", "policy")](context.config.algorithm)
     if "policy_version" in batch:
-        ages = context.step - 1 - batch.dense("policy_version")
+        ages = _staleness(context, batch)
         context.metrics.mean("rollout/staleness_mean", float(ages.sum()), len(ages))
         context.metrics.max("rollout/staleness_max", float(ages.max()) if len(ages) else None)
     context.models[node.model].update(_against_behaviour(context, batch), loss, context.step, context.metrics)
+
+
+def _staleness(context: Context, batch: Batch) -> torch.Tensor:
+    """Steps of training that the weights which drew a row had not seen, int64 [rows]."""
+    return context.step - 1 - batch.dense("policy_version")
 
 
 def _against_behaviour(context: Context, batch: Batch) -> Batch:

@@ -11,9 +11,10 @@ from siirl.errors import RequestError
 ROLLOUT = "{id: rollout, op: rollout, model: actor, reads: [prompt_ids], writes: [response_ids]}"
 REWARD = "{id: reward, op: reward, reads: [prompt_ids, response_ids, row], writes: [reward, failed]}"
 
-KEEP = "{id: keep, op: dynamic_sampling, params: {name: f}, reads: [group_id], writes: [policy_step]}"
+KEEP = "{id: keep, op: dynamic_sampling, params: {name: f}, reads: [group_id]}"
+DRAWN = ROLLOUT.replace("ids]}", "ids, rollout_log_probs, policy_version]}")
 OLD = (
-    "{id: old, op: log_prob, model: actor, reads: [prompt_ids, response_ids, rollout_log_probs, policy_step], "
+    "{id: old, op: log_prob, model: actor, reads: [prompt_ids, response_ids, rollout_log_probs, policy_version], "
     "writes: [log_probs]}"
 )
 
@@ -99,12 +100,8 @@ CASES = {
         "p.yaml:4: node 'f': needs params: {name: FILTER}",
     ),
     "dynamic sampling without a name": (
-        [ROLLOUT, "{id: k, op: dynamic_sampling, reads: [group_id], writes: [policy_step]}"],
+        [ROLLOUT, "{id: k, op: dynamic_sampling, reads: [group_id]}"],
         "p.yaml:4: node 'k': needs params: {name: FILTER}",
-    ),
-    "dynamic sampling without its column": (
-        [ROLLOUT, "{id: k, op: dynamic_sampling, params: {name: f}, reads: [group_id]}"],
-        "p.yaml:4: node 'k': op 'dynamic_sampling' must write 'policy_step'",
     ),
     "dynamic sampling of cut groups": (
         [ROLLOUT, KEEP.replace("params", "layout: tokens, params")],
@@ -115,7 +112,7 @@ CASES = {
         "p.yaml:4: node 'keep': fills the step, which every step needs; it cannot have 'every'",
     ),
     "two loops": (
-        [ROLLOUT, KEEP, KEEP.replace("keep", "again").replace("[policy_step]", "{policy_step: second}")],
+        [ROLLOUT, KEEP, KEEP.replace("keep", "again")],
         "p.yaml:5: node 'again': repeats what comes before it, as node 'keep' does; use one of them",
     ),
     "a column of the round that is there now and then": (
@@ -135,13 +132,17 @@ CASES = {
         ],
         "p.yaml:4: node 'u': trains the actor in the round that node 'keep' repeats",
     ),
-    "log-probs of an earlier policy without those of rollout": (
-        [ROLLOUT.replace("ids]}", "ids, rollout_log_probs]}"), KEEP, OLD.replace(", rollout_log_probs", "")],
-        "p.yaml:5: node 'old': reads 'policy_step' without 'rollout_log_probs'",
+    "log-probs of an older policy without those of rollout": (
+        [DRAWN, OLD.replace(", rollout_log_probs", "")],
+        "p.yaml:4: node 'old': reads 'policy_version' without 'rollout_log_probs'",
     ),
     "log-probs of rollout without the policy they are of": (
-        [ROLLOUT.replace("ids]}", "ids, rollout_log_probs]}"), KEEP, OLD.replace(", policy_step", "")],
-        "p.yaml:5: node 'old': reads 'rollout_log_probs' without 'policy_step'",
+        [DRAWN, OLD.replace(", policy_version", "")],
+        "p.yaml:4: node 'old': reads 'rollout_log_probs' without 'policy_version'",
+    ),
+    "log-probs of rollout for another model": (
+        [DRAWN, OLD.replace("actor", "reference")],
+        "p.yaml:4: node 'old': reads 'rollout_log_probs', which is of the actor, not of the reference",
     ),
     "loss": (
         [ROLLOUT, "{id: u, op: update, model: actor, params: {loss: polcy}, reads: [prompt_ids, response_ids]}"],

@@ -57,9 +57,9 @@ def test_dapo_generates_and_scores_in_rounds_and_trains_once() -> None:
     ]
     ids = {"sample_id", "slot"}
     update = {"prompt_ids", "response_ids", "rollout_log_probs", "advantages", "failed"}
-    assert moved(worker) == [ids | update | {"policy_step"}]
+    assert moved(worker) == [ids | update | {"policy_version"}]
     reads = next(step.reads for step in worker.steps if step.id == "old")
-    assert set(reads) == {"prompt_ids", "response_ids", "rollout_log_probs", "policy_step"}
+    assert set(reads) == {"prompt_ids", "response_ids", "rollout_log_probs", "policy_version"}
 
 
 def test_sft_needs_neither_rollout_nor_reward() -> None:

@@ -152,7 +152,7 @@ def test_what_a_repeating_node_does_not_wait_for_comes_after_it(graph_of, config
     entries = [
         "{id: note, op: 'python:m:note', writes: []}",
         "{id: later, op: 'python:m:later', reads: [response_ids], writes: [x]}",
-        "{id: keep, op: dynamic_sampling, params: {name: f}, reads: [group_id, y], writes: [policy_step]}",
+        "{id: keep, op: dynamic_sampling, params: {name: f}, reads: [group_id, y]}",
         "{id: scored, op: 'python:m:scored', reads: [response_ids], writes: [y], after: [rollout]}",
         "{id: rollout, op: rollout, model: actor, reads: [prompt_ids], writes: [response_ids]}",
     ]

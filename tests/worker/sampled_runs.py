@@ -35,7 +35,7 @@ def generated(batch, context):
     names = ("sample_id", "group_id", "accuracy")
     write(context, "generated", {name: batch.dense(name).tolist() for name in names})
 def trained(batch, context):
-    facts = {name: batch.dense(name).tolist() for name in ("sample_id", "group_id", "slot", "policy_step")}
+    facts = {name: batch.dense(name).tolist() for name in ("sample_id", "group_id", "slot", "policy_version")}
     old, drawn = batch.ragged("old_log_probs"), batch.ragged("rollout_log_probs")
     facts["gap"] = [float((a - b).abs().max()) for a, b in zip(old.rows(), drawn.rows())]
     engine, minis = context.models.actor, context.config.algorithm.mini_batches
@@ -61,11 +61,12 @@ def write_recipe(folder: Path, *, leftovers_lost: bool = False) -> Path:
     graph = Graph.from_yaml("dapo")
     graph.node("grade", op=f"python:{folder}/probes.py:grade", reads=["reward"], writes=["accuracy"], after=["rollout"])
     graph.node("see", op=f"python:{folder}/probes.py:generated", reads=["accuracy", "group_id"])
+    ids = ["prompt_ids", "response_ids", "group_id", "slot"]
     graph.node(
         "look",
         op=f"python:{folder}/probes.py:trained",
         layout="tokens",
-        reads=["prompt_ids", "response_ids", "group_id", "slot", "policy_step", "old_log_probs", "rollout_log_probs"],
+        reads=[*ids, "policy_version", "old_log_probs", "rollout_log_probs"],
     )
     waits = {"keep": ("see",), "update": ("look",)}
     graph.nodes = [replace(node, after=node.after + waits.get(node.id, ())) for node in graph.nodes]

@@ -74,13 +74,13 @@ def test_the_oldest_groups_are_trained_on_first_with_the_log_probs_of_their_own_
     assert all(max(groups[step]) < min(groups[after]) for step, after in pairwise(sorted(groups)))
     ages = []
     for probe in trained:
-        assert probe["policy_step"] == [born[sample] for sample in probe["sample_id"]]
-        for made, gap in zip(probe["policy_step"], probe["gap"], strict=True):
-            ages.append(probe["step"] - made)
+        assert probe["policy_version"] == [born[sample] - 1 for sample in probe["sample_id"]]
+        for version, gap in zip(probe["policy_version"], probe["gap"], strict=True):
+            ages.append(probe["step"] - 1 - version)
             assert gap == 0 if ages[-1] else gap < 1e-4
-    assert 0 < max(ages) == max(line["sampling/age_max"] for line in runs.metrics(whole[2]))
+    assert 0 < max(ages) == max(line["rollout/staleness_max"] for line in runs.metrics(whole[2]))
     for line in runs.metrics(whole[2]):  # new weights against old samples: their ratio is not that of fresh ones
-        assert line["sampling/age_max"] == 0 or line["actor/ratio_max"] > 1.001
+        assert line["rollout/staleness_max"] == 0 or line["actor/ratio_max"] > 1.001
 
 
 def test_slots_are_those_of_a_full_step(whole: dict[int, Path]) -> None:
@@ -128,9 +128,10 @@ def test_leftovers_find_a_worker_when_their_number_changes(
 
 
 @pytest.mark.slow
-def test_the_account_finds_leftovers_that_were_dropped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_the_account_finds_leftovers_that_were_dropped(workers: int, tmp_path: Path) -> None:
     broken = sampled_runs.write_recipe(tmp_path, leftovers_lost=True)
-    runs.run(broken, tmp_path / "run", *USUAL, "--workers", "2")
+    runs.run(broken, tmp_path / "run", *USUAL, "--workers", str(workers))
     lost, repeated = account(tmp_path / "run")
     assert len(lost) == GROUP * total(tmp_path / "run", "leftover") > 0
     assert repeated == []
