@@ -108,11 +108,10 @@ def load_worker_state(checkpoint: Path, rank: int) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def load_worker_tensors(checkpoint: Path, rank: int, workers: int) -> list[dict[str, Tensor]]:
-    """What worker ``rank`` of ``workers`` takes over: every worker's tensors go to one, to the same rank if it can."""
-    files = sorted(checkpoint.glob("worker_*.safetensors"))
-    mine = [file for file in files if int(file.stem.removeprefix("worker_")) % workers == rank]
-    return [safetensors.torch.load(file.read_bytes()) for file in mine]
+def load_worker_tensors(checkpoint: Path, rank: int) -> dict[str, Tensor]:
+    """The tensors that worker ``rank`` saved for itself."""
+    path = checkpoint / f"worker_{rank:03d}.safetensors"
+    return safetensors.torch.load_file(path) if path.is_file() else {}
 
 
 def load_tensors(checkpoint: Path, tensors: Mapping[str, Tensor], collectives: Collectives) -> None:

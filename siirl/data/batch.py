@@ -36,6 +36,8 @@ from siirl.errors import did_you_mean
 # is plain UTF-8 for every other text.
 TEXT_ERRORS = "surrogatepass"
 
+_OFFSETS = ".offsets"
+
 
 @dataclass(frozen=True, eq=False)
 class Ragged:
@@ -241,6 +243,26 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with every column on a device."""
         return Batch({name: column.to(device) for name, column in self._columns.items()})
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Copy the columns to tensors by name, for a file; the offsets of a ragged column are ``NAME.offsets``."""
+        parts: dict[str, Tensor] = {}
+        for name, column in self._columns.items():
+            parts[name] = _values(column)
+            if isinstance(column, Ragged):
+                parts[name + _OFFSETS] = column.offsets
+        return {name: part.clone(memory_format=torch.contiguous_format) for name, part in parts.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Batch:
+        """The inverse of :meth:`to_tensors`."""
+        return cls(
+            {
+                name: Ragged(values, tensors[name + _OFFSETS]) if name + _OFFSETS in tensors else values
+                for name, values in tensors.items()
+                if not name.endswith(_OFFSETS)
+            }
+        )
 
     def equals(self, other: Batch) -> bool:
         """Say whether both hold the same columns with the same dtypes, shapes and bits (a NaN equals itself)."""

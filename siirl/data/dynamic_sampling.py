@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siirl.data.batch import Batch, Column, Ragged
+from siirl.data.batch import Batch
 from siirl.data.partition import Ints
 from siirl.errors import SiirlError
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from siirl.device.collectives import Collectives
 
 log = logging.getLogger(__name__)
-
-_VALUES, _OFFSETS = ".values", ".offsets"
 
 
 def round_size(held: int, wanted: int, oversample: float) -> int:
@@ -102,20 +100,12 @@ class GroupPool:
 
     def state(self) -> dict[str, Tensor]:
         """The rows held here as tensors by name, for a checkpoint; none without rows."""
-        tensors: dict[str, Tensor] = {}
-        for name in self.rows if len(self.rows) else ():
-            column = self.rows[name]
-            if isinstance(column, Ragged):
-                # columns may share their offsets; a file of tensors takes each memory once
-                tensors |= {name + _VALUES: column.values, name + _OFFSETS: column.offsets.clone()}
-            else:
-                tensors[name] = column
-        return tensors
+        return self.rows.to_tensors() if len(self.rows) else {}
 
     def restore(self, states: Sequence[Mapping[str, Tensor]], collectives: Collectives) -> None:
         """Hold the rows of some workers' states; every worker calls it, and each state goes to one of them."""
-        if states:
-            rows = Batch.concat([_batch(state) for state in states])
+        if held := [Batch.from_tensors(state) for state in states if state]:
+            rows = Batch.concat(held)
             self.rows = rows.take(rows.dense("sample_id").argsort())
         self._held = len(self._everyone(collectives))
 
@@ -144,14 +134,3 @@ def _joined(held: Batch, rows: Batch) -> Batch:
             "a run is resumed with the pipeline that it had; start a new run for another one"
         )
     return Batch.concat([held, rows]) if len(rows) else held
-
-
-def _batch(state: Mapping[str, Tensor]) -> Batch:
-    columns: dict[str, Column] = {}
-    for name, tensor in state.items():
-        if name.endswith(_VALUES):
-            name = name.removesuffix(_VALUES)
-            columns[name] = Ragged(tensor, state[name + _OFFSETS])
-        elif not name.endswith(_OFFSETS):
-            columns[name] = tensor
-    return Batch(columns)

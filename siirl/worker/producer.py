@@ -20,7 +20,7 @@ from torch import Tensor
 
 from siirl.config.schema import Config
 from siirl.dag.plan import Step, due
-from siirl.data.batch import Batch, Ragged
+from siirl.data.batch import Batch
 from siirl.errors import SiirlError
 from siirl.telemetry.accumulator import StepMetrics
 from siirl.worker.context import Context
@@ -53,35 +53,20 @@ class Ahead:
         return {
             "loader": self.loader,
             "loader_ahead": self.loader_ahead,
-            "ahead": [
-                {"step": p.step, "metrics": p.metrics.state_dict(), "loader": p.loader, "columns": list(p.batch)}
-                for p in self.produced
-            ],
+            "ahead": [{"step": p.step, "metrics": p.metrics.state_dict(), "loader": p.loader} for p in self.produced],
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for item in self.produced:
-            for name in item.batch:
-                column = item.batch[name]
-                parts = {"": column} if isinstance(column, Tensor) else {"": column.values, ".offsets": column.offsets}
-                found |= {
-                    f"{item.step}.{name}{suffix}": part.clone() for suffix, part in parts.items()
-                }  # columns share offsets
-        return found
+        return {f"{p.step}.{name}": part for p in self.produced for name, part in p.batch.to_tensors().items()}
 
 
 def restore(state: dict[str, Any], tensors: dict[str, Tensor]) -> list[Produced]:
     """The steps generated ahead, from what :class:`Ahead` saved."""
     produced = []
     for item in state["ahead"]:
-        columns: dict[str, Tensor | Ragged] = {}
-        for name in item["columns"]:
-            key = f"{item['step']}.{name}"
-            offsets = tensors.get(f"{key}.offsets")
-            columns[name] = tensors[key] if offsets is None else Ragged(tensors[key], offsets)
-        metrics = StepMetrics.from_state(item["metrics"])
-        produced.append(Produced(item["step"], Batch(columns), metrics, item["loader"]))
+        own = f"{item['step']}."
+        batch = Batch.from_tensors({k.removeprefix(own): part for k, part in tensors.items() if k.startswith(own)})
+        produced.append(Produced(item["step"], batch, StepMetrics.from_state(item["metrics"]), item["loader"]))
     return produced
 
 

@@ -301,7 +301,8 @@ class RunWorker:
         context.loader.load_state_dict(self._loader_state(state))
         context.kl.load_state_dict(state["kl"])
         if context.pool is not None:
-            held = store.load_worker_tensors(self._checkpoint, self._collectives.rank, self._collectives.size)
+            savers = range(self._collectives.rank, state["workers"], self._collectives.size)  # each goes to one worker
+            held = [store.load_worker_tensors(self._checkpoint, saver) for saver in savers]
             context.pool.restore(held, self._collectives)
         self._models.sync_rollout()
         worker = store.load_worker_state(self._checkpoint, self._world.rank)
@@ -320,8 +321,7 @@ class RunWorker:
             return saved["loader"]
         own = store.load_worker_state(self._checkpoint, self._world.rank) if self._role == "rollout" else None
         if own is not None:
-            held = store.load_worker_tensors(self._checkpoint, self._world.rank, self._world.size)
-            self._ahead = restore(own, next(iter(held), {}))
+            self._ahead = restore(own, store.load_worker_tensors(self._checkpoint, self._world.rank))
         return saved["loader_ahead"]
 
     def _restore_random_state(self, saved: RngState, new_seed: int) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from siirl.data.batch import Batch, Ragged, as_bytes
 
@@ -166,6 +167,15 @@ def test_equals_compares_bits_dtypes_and_kinds():
     assert not batch.equals(batch.with_columns(tokens=Ragged.from_lists([[1, 2], [3], [4]], torch.int64)))
     assert not Batch({"z": torch.tensor([0.0])}).equals(Batch({"z": torch.tensor([-0.0])}))
     assert not batch.equals(batch.drop(["id"]))
+
+
+def test_a_file_gives_back_the_batch(tmp_path):
+    tokens = example().ragged("tokens")
+    batch = example().with_columns(log_probs=Ragged(torch.rand(4), tokens.offsets), turned=torch.rand(2, 3).t())
+    batch = batch.with_columns(same=batch.dense("id"))
+    for rows in (batch, batch.take([2, 0]), batch.take([])):
+        save_file(rows.to_tensors(), tmp_path / "rows.safetensors")
+        assert Batch.from_tensors(load_file(tmp_path / "rows.safetensors")).equals(rows)
 
 
 def test_to_moves_every_column():

@@ -88,7 +88,7 @@ def test_a_state_goes_to_another_number_of_workers() -> None:
         pool.rows = rows_of(groups)
     assert pools[1].state() == {}
     alone = GroupPool(4, 2.0, 1)
-    alone.restore([pool.state() for pool in (pools[2], pools[0])], ALONE)
+    alone.restore([pool.state() for pool in (pools[2], pools[1], pools[0])], ALONE)
     assert alone.rows.equals(rows_of([3, 5, 8]))
     assert alone.prompts == 2, "one group is missing"
 
