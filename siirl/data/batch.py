@@ -12,7 +12,7 @@ Standard columns, by the op that writes them (custom ops may add any other):
     prompt_ids    ragged int64    token ids
     row           ragged uint8    the data row, as JSON text
     response_ids  ragged int64    token ids
-    finish_reason int8            0: end token or stop string, 1: length
+    finish_reason int8            0: end token or stop string, 1: length, 2: aborted
     policy_version int64          training steps that the weights which drew the response had seen
     reward        float32
     failed        bool            the reward raised or hung: the sample leaves group statistics and the loss

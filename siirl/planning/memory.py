@@ -28,6 +28,8 @@ PREFILL_TOKENS = 8192
 def memory_of(job: Job, step: Step) -> Terms:
     """Bytes on a worker while it runs a step, by term; terms of no bytes are left out."""
     terms = _resident(job)
+    if step.op in ("log_prob", "value", "update") and not job.cluster.device.unified:
+        terms.pop("rollout", None)  # it sleeps
     for name, size in _of_step(job, step).items():
         terms[name] = terms.get(name, 0.0) + size
     return {name: terms[name] for name in TERMS if terms.get(name)}

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from siirl.data.batch import Ragged
+from siirl.errors import SiirlError
 from siirl.model.decoder import Decoder
 from siirl.rollout.sampling import Sampling, draw, uniforms
-from siirl.rollout.state import CachedState, SequenceState, UncachedState, cache_bytes_per_token
+from siirl.rollout.state import CachedState, SequenceState, UncachedState, cache_bytes_per_token, cache_shape
 
 if TYPE_CHECKING:
     from siirl.model.fallback import AnyDecoder
 
-STOP, LENGTH = 0, 1
+SleepLevel = Literal[1, 2]
+STOP, LENGTH, ABORTED = 0, 1, 2
 # prompts are computed in forward passes of at most so many tokens
 _PREFILL_TOKENS = 8192
 
@@ -29,7 +33,7 @@ class Completions:
     Attributes:
         response_ids: int64, ragged; ends with the end-of-sequence token where one was drawn.
         log_probs: float32, ragged like the responses.
-        finish_reason: int8 [rows], ``STOP`` or ``LENGTH``.
+        finish_reason: int8 [rows], ``STOP``, ``LENGTH`` or ``ABORTED``; only an aborted response may be empty.
         version: of the weights that drew them.
     """
 
@@ -54,6 +58,25 @@ class RolloutEngine(Protocol):
         """Take over new weights."""
         ...
 
+    def abort(self, sample_ids: Tensor | None = None) -> None:
+        """End responses of the call to `generate` in progress, from another thread; None: all of them.
+
+        That call gives them back as they are, at most one token longer. Without such a call nothing happens.
+        """
+        ...
+
+    def sleep(self, level: SleepLevel = 1) -> None:
+        """Give the device's memory back: 1 keeps the engine's own weights on the host, 2 drops them.
+
+        Weights that training computes with too stay where they are, and an engine that sleeps goes on sleeping as it
+        does.
+        """
+        ...
+
+    def wake(self) -> None:
+        """Take the memory back. Weights that were dropped have to come through `update_weights` before `generate`."""
+        ...
+
 
 class NativeEngine:
     """Generates with the decoder itself. Give it training's own module and weight sync costs nothing.
@@ -63,7 +86,8 @@ class NativeEngine:
         eos_ids: tokens that end a response.
         decode_text: tokens to text, for stop strings.
         max_sequences: sequences decoded together at most.
-        cache_bytes: memory that the cache may take.
+        cache_bytes: memory that the cache may take; it is kept from call to call, until the engine sleeps.
+        own_weights: nobody else computes with the decoder's weights, so that `sleep` may free them.
     """
 
     def __init__(
@@ -73,22 +97,61 @@ class NativeEngine:
         decode_text: Callable[[list[int]], str],
         max_sequences: int = 512,
         cache_bytes: int = 2**30,
+        own_weights: bool = False,
     ) -> None:
         self.decoder, self.version = decoder, 0
         self._eos_ids, self._decode_text = list(eos_ids), decode_text
-        self._max_sequences, self._cache_bytes = max_sequences, cache_bytes
+        self._max_sequences, self._cache_bytes, self._own_weights = max_sequences, cache_bytes, own_weights
+        self._room: Tensor | None = None  # memory of the cache
+        self._asleep: dict[str, Tensor] | None = None  # weights on the host, by name; dropped ones are on no device
+        self._dropped: set[str] = set()
+        self._aborts: deque[Tensor | None] = deque()
 
     def update_weights(self, named: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self._require_awake("take new weights")
         own = dict(self.decoder.named_parameters())
         with torch.no_grad():
             for name, tensor in named:
                 own[name].copy_(tensor)
+                self._dropped.discard(name)
         self.version = version
+
+    def abort(self, sample_ids: Tensor | None = None) -> None:
+        self._aborts.append(sample_ids)
+
+    def sleep(self, level: SleepLevel = 1) -> None:
+        self._room = None
+        if self._asleep is not None:
+            return
+        self._asleep = {}
+        for name, weight in self.decoder.named_parameters() if self._own_weights else ():
+            self._asleep[name] = weight.data.to("cpu" if level == 1 else "meta")
+            weight.data = weight.data.new_empty(0)
+
+    def wake(self) -> None:
+        if self._asleep is None:
+            return
+        for name, weight in self.decoder.named_parameters() if self._own_weights else ():
+            kept = self._asleep[name]
+            if kept.is_meta:
+                weight.data = torch.empty_like(kept, device=weight.device)
+                self._dropped.add(name)
+            else:
+                weight.data = kept.to(weight.device)
+        self._asleep = None
+
+    def _require_awake(self, purpose: str) -> None:
+        if self._asleep is not None:
+            raise SiirlError(f"the rollout engine is asleep and cannot {purpose}: wake it first")
 
     @torch.no_grad()
     def generate(
         self, prompts: Sequence[Sequence[int]], sample_ids: Tensor, sampling: Sampling, group_size: int, seed: int
     ) -> Completions:
+        self._require_awake("generate")
+        if self._dropped:
+            raise SiirlError(f"the weight '{min(self._dropped)}' was dropped while the rollout engine slept: update it")
+        self._aborts.clear()
         responses = _Responses(len(prompts) * group_size, sampling, self._stop_check(sampling))
         noise = uniforms(seed, sample_ids, sampling.max_new_tokens).to(self._device)
         forbidden = self._eos_tensor if sampling.ignore_eos else None
@@ -107,6 +170,10 @@ class NativeEngine:
             place_B = responses.lengths[sequence_B]
             logits_BV = self.decoder.logits(hidden_BH)
             tokens_B, log_probs_B = draw(logits_BV, sampling, noise[sequence_B, place_B], forbidden)
+            while self._aborts:
+                ids = self._aborts.popleft()
+                responses.aborted |= torch.tensor(True) if ids is None else torch.isin(sample_ids, ids)
+                waiting = [i for i in waiting if not responses.aborted[i * group_size : (i + 1) * group_size].all()]
             alive = responses.append(sequence_B, tokens_B.cpu(), log_probs_B.cpu(), self._eos(tokens_B, sampling))
             order = compact(alive)
             if len(order) < state.rows:
@@ -126,7 +193,15 @@ class NativeEngine:
         length = max((len(p) for p in prompts), default=1) + sampling.max_new_tokens
         row_bytes = length * cache_bytes_per_token(self.decoder.config, self.decoder.head_weight.dtype)
         capacity = max(group, min(wanted, self._cache_bytes // row_bytes))
-        return capacity, CachedState(self.decoder, capacity, length)
+        return capacity, CachedState(self.decoder, self._cache(cache_shape(self.decoder.config, capacity, length)))
+
+    def _cache(self, shape: tuple[int, ...]) -> Tensor:
+        """Zeros, in the memory of the last call where it is large enough: fresh memory costs more than clearing it."""
+        count = math.prod(shape)
+        if self._room is None or self._room.numel() < count:
+            self._room = None  # freed before more is asked for
+            self._room = self.decoder.head_weight.new_empty(count)
+        return self._room[:count].zero_().view(shape)
 
     def _admit(self, waiting: list[int], prompts: Sequence[Sequence[int]], groups: int) -> list[int]:
         """Take prompts from ``waiting`` for free rows, as many as one prefill pass holds."""
@@ -160,6 +235,7 @@ class _Responses:
     def __init__(self, count: int, sampling: Sampling, stop: Callable[[list[int]], bool] | None) -> None:
         shape = (count, sampling.max_new_tokens)
         self.lengths = torch.zeros(count, dtype=torch.int64)
+        self.aborted = torch.zeros(count, dtype=torch.bool)
         self._tokens = torch.zeros(shape, dtype=torch.int64)
         self._log_probs = torch.zeros(shape, dtype=torch.float32)
         self._finish = torch.full((count,), LENGTH, dtype=torch.int8)
@@ -175,9 +251,11 @@ class _Responses:
             texts = [self._stop(self._tokens[s, : p + 1].tolist()) for s, p in zip(sequence_B, place, strict=True)]
             ended_B = ended_B | torch.tensor(texts)
         self._finish[sequence_B[ended_B]] = STOP
-        return ~ended_B & (place + 1 < self._tokens.shape[1])
+        return ~ended_B & (place + 1 < self._tokens.shape[1]) & ~self.aborted[sequence_B]
 
     def completions(self, version: int) -> Completions:
+        unfinished = (self._finish == LENGTH) & (self.lengths < self._tokens.shape[1])
+        self._finish[unfinished] = ABORTED
         filled = torch.arange(self._tokens.shape[1])[None, :] < self.lengths[:, None]
         offsets = torch.cat((torch.zeros(1, dtype=torch.int64), self.lengths.cumsum(0)))
         tokens, log_probs = Ragged(self._tokens[filled], offsets), Ragged(self._log_probs[filled], offsets)

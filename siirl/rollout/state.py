@@ -43,18 +43,22 @@ def cache_bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
-class CachedState:
-    """Keys and values of up to ``capacity`` sequences of up to ``length`` tokens."""
+def cache_shape(config: DecoderConfig, capacity: int, length: int) -> tuple[int, ...]:
+    """Of keys and values of up to ``capacity`` sequences of up to ``length`` tokens."""
+    return config.num_layers, 2, capacity, config.num_kv_heads, length, config.head_dim
 
-    def __init__(self, decoder: Decoder, capacity: int, length: int) -> None:
-        config, weight = decoder.config, decoder.head_weight
-        self.decoder, self.rows, self._longest = decoder, 0, 0
-        shape = (config.num_layers, 2, capacity, config.num_kv_heads, length, config.head_dim)
-        self._cache = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        self._lengths = torch.zeros(capacity, dtype=torch.int64, device=weight.device)
-        self._slots = torch.arange(length, device=weight.device)
-        # what is not yet written must be finite: masked keys still meet the softmax's zeros
-        self._cache.zero_()
+
+class CachedState:
+    """Keys and values of sequences, in a ``cache`` of :func:`cache_shape`.
+
+    What is not yet written in it must be finite: masked keys still meet the softmax's zeros.
+    """
+
+    def __init__(self, decoder: Decoder, cache: Tensor) -> None:
+        self.decoder, self.rows, self._longest, self._cache = decoder, 0, 0, cache
+        capacity, length = cache.shape[2], cache.shape[4]
+        self._lengths = torch.zeros(capacity, dtype=torch.int64, device=cache.device)
+        self._slots = torch.arange(length, device=cache.device)
 
     def admit(self, prompts: Sequence[Sequence[int]], copies: int) -> Tensor:
         device = self._cache.device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from siirl.data.batch import Batch, Ragged
 from siirl.device.collectives import Collectives
+from siirl.errors import SiirlError
 from siirl.model.decoder import Decoder, PackedAttention
-from siirl.rollout.engine import LENGTH, STOP, Completions, NativeEngine
+from siirl.rollout.engine import ABORTED, LENGTH, STOP, Completions, NativeEngine, SleepLevel
 from siirl.rollout.sampling import Sampling
+from siirl.rollout.state import cache_bytes_per_token
 from siirl.validation import tiny
-from siirl.validation.checks import check, require
+from siirl.validation.checks import Broken, check, require
 from siirl.validation.subject import Subject
 from siirl_kernels import bind
 from siirl_kernels.packing import PackedSequences
@@ -200,3 +203,89 @@ def frequencies(subject: Subject) -> None:
     freedom = len(expected) - 1
     statistic = float(((seen - expected).square() / expected.clamp(min=1)).sum())
     subject.measure("chi-squared over its degrees of freedom", statistic / freedom, 1 + 5 * (2 / freedom) ** 0.5)
+
+
+def sleep_levels(subject: Subject) -> list[tuple[SleepLevel]]:
+    return [(2,)] if subject.backend.memory().unified else [(1,), (2,)]  # weights kept on the host free none of it
+
+
+def _require_refused(made: NativeEngine, state: str) -> None:
+    try:
+        generate(made, Sampling(1))
+    except SiirlError:
+        return
+    raise Broken(f"an engine {state} generates")
+
+
+@check("L4", "an engine that sleeps gives back its weights and its cache, and wakes as it was", sleep_levels)
+def sleep_frees_memory(subject: Subject, level: SleepLevel) -> None:
+    module = tiny.decoder(intermediate_size=2**15).to(subject.backend.device())
+    # every token ends a response, so that a cache as large as the weights is cheap to make
+    made = NativeEngine(module, range(tiny.VOCABULARY), lambda ids: "", own_weights=True)
+    sampling, group = Sampling(2000, temperature=0.0), 8
+    weights = {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters()}
+    before = generate(made, sampling, group=group)
+    longest = max(map(len, PROMPTS)) + sampling.max_new_tokens
+    cache = len(PROMPTS) * group * longest * cache_bytes_per_token(module.config, module.head_weight.dtype)
+    subject.backend.empty_cache()
+    awake = subject.backend.memory()
+    made.sleep(level)
+    subject.backend.empty_cache()
+    freed = awake.allocated - subject.backend.memory().allocated
+    owned = sum(w.nbytes for w in weights.values()) + cache
+    slack = 0.2 if awake.unified else 0.0
+    subject.measure("share of weights and cache still in use", 1 - freed / owned, slack)
+    _require_refused(made, "that sleeps")
+    made.wake()
+    if level == 2:
+        _require_refused(made, "whose weights were dropped")
+        made.update_weights(((name, w.to(subject.backend.device())) for name, w in weights.items()), 1)
+    after = generate(made, sampling, group=group)
+    require(torch.equal(before.response_ids.values, after.response_ids.values), "it wakes and draws other tokens")
+    require(torch.equal(before.log_probs.values, after.log_probs.values), "it wakes and has other log-probs")
+
+
+@check("L4", "responses that are aborted end at once, and the others as if nothing had been")
+def abort(subject: Subject) -> None:
+    ids = torch.arange(len(PROMPTS) * GROUP) * 7 + 3
+    running, waiting = ids[1:2], ids[-GROUP:]
+    sampling = Sampling(TOKENS, temperature=1.5, ignore_eos=True, stop=("a string that no response has",))
+    whole = _aborted(subject, sampling, ids[:0])
+    done = _aborted(subject, sampling, torch.cat((running, waiting)))
+    wanted = torch.full((len(ids),), LENGTH, dtype=torch.int8)
+    require(torch.equal(whole.finish_reason, wanted), f"with none aborted, the reasons are {whole.finish_reason}")
+    wanted[1], wanted[-GROUP:] = ABORTED, ABORTED
+    require(torch.equal(done.finish_reason, wanted), f"the reasons are {done.finish_reason.tolist()}")
+    lengths = done.response_ids.lengths.tolist()
+    require(lengths[1] <= 2, f"a response goes on for {lengths[1]} tokens, aborted at the first")
+    require(not any(lengths[-GROUP:]), "responses begin though they were aborted before")
+    pairs = zip(done.response_ids.rows(), whole.response_ids.rows(), wanted == LENGTH, strict=True)
+    differing = sum(not torch.equal(a, b) for a, b, left_alone in pairs if left_alone)
+    # one may lie within rounding of the edge between two tokens, in a batch of another size
+    subject.measure("other responses that differ", differing, 1)
+    everything = _aborted(subject, sampling, None)
+    require(set(everything.finish_reason.tolist()) == {ABORTED}, "not all responses end, though all are aborted")
+
+
+def _aborted(subject: Subject, sampling: Sampling, ids: Tensor | None) -> Completions:
+    """Responses of two groups at a time, of which `ids` are aborted by another thread after the first token."""
+    drawing, told = threading.Event(), threading.Event()
+
+    def decode_text(tokens: list[int]) -> str:
+        drawing.set()
+        told.wait()
+        return ""
+
+    module = tiny.decoder().to(subject.backend.device())
+    made = NativeEngine(module, [tiny.EOS], decode_text, max_sequences=2 * GROUP)
+
+    def tell() -> None:
+        drawing.wait()
+        made.abort(ids)
+        told.set()
+
+    other = threading.Thread(target=tell)
+    other.start()
+    done = generate(made, sampling, group=GROUP)
+    other.join()
+    return done

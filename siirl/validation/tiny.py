@@ -20,13 +20,13 @@ from siirl.training.losses import LOSSES
 PROMPTS, VOCABULARY, EOS = 6, 61, 1
 
 
-def decoder(seed: int = 3) -> Decoder:
+def decoder(seed: int = 3, intermediate_size: int = 80) -> Decoder:
     """On the host, in float32, the same on every machine; its logits are far enough apart to compare token by token."""
     config = DecoderConfig(
         family="qwen3",
         vocab_size=VOCABULARY,
         hidden_size=48,
-        intermediate_size=80,
+        intermediate_size=intermediate_size,
         num_layers=2,
         num_heads=4,
         num_kv_heads=2,

@@ -31,6 +31,8 @@ _TIMES = {
     "evaluate": "time/evaluate_s",
 }
 _IDS = ("sample_id", "group_id", "slot")
+# ops that compute with training engines alone, while the rollout engine sleeps
+_TRAINING = ("log_prob", "value", "update")
 
 
 class DagWorker:
@@ -45,6 +47,11 @@ class DagWorker:
     def __init__(self, plan: WorkerPlan, context: Context, tracer: Tracer) -> None:
         self._plan, self._context, self._tracer = plan, context, tracer
         self._functions = {step.id: _function(step) for step in plan.steps if step.kind == "node"}
+        self._resting = {
+            step.id: weights_follow(plan.steps[place + 1 :])
+            for place, step in enumerate(plan.steps)
+            if step.op in _TRAINING
+        }
 
     def run_step(self, number: int) -> None:
         """Run the pipeline once."""
@@ -78,6 +85,8 @@ class DagWorker:
         with self._tracer.span(step.id, step=self._context.step, stage=self._context.stage):
             if step.kind == "redistribute":
                 return self.redistribute(step, batch, self._context.metrics)
+            if step.id in self._resting:
+                self._context.models.rest_rollout(weights_follow=self._resting[step.id])
             output = self._functions[step.id](self._context, self._view(step, batch), step)
         return self._apply(step, batch, output)
 
@@ -156,6 +165,16 @@ class DagWorker:
             if (count := reduced.pop(f"throughput/{unit}", None)) is not None:
                 reduced[f"throughput/{unit}_per_s"] = count / reduced["time/step_s"]
         return reduced
+
+
+def weights_follow(steps: Sequence[Step]) -> bool:
+    """Whether the rollout engine is given weights before any of the steps may generate."""
+    for step in steps:
+        if step.op == "sync_weights":
+            return step.when is None and step.every == 1
+        if step.op not in ("", "reward", "advantage", "filter", "kl_reward", *_TRAINING):
+            return False
+    return False
 
 
 def _function(step: Step) -> Op:

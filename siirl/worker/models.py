@@ -58,8 +58,19 @@ class Models:
 
     @property
     def rollout(self) -> NativeEngine:
+        """The rollout engine, awake."""
         assert self._rollout is not None, "a worker that only trains does not generate"
+        self._rollout.wake()
         return self._rollout
+
+    def rest_rollout(self, weights_follow: bool) -> None:
+        """Let training have the memory of this worker's rollout engine.
+
+        Args:
+            weights_follow: :meth:`sync_rollout` comes before the engine generates again, so it may drop its own.
+        """
+        if self._role == "all" and self._rollout is not None:
+            self._rollout.sleep(2 if weights_follow else 1)
 
     def begin_stage(self, config: Config, wanted: Iterable[str], first: bool) -> None:
         """Make the models a stage's plan names; the actor starts a new optimiser.
@@ -152,4 +163,5 @@ class Models:
             self.decode,
             self._config.rollout.max_sequences,
             int(_CACHE_SHARE * memory.total / share),
+            own_weights=not self._shared,
         )

@@ -135,7 +135,7 @@ class Producer:
                 if not self._take_weights(ended):
                     return
                 self._evaluate(ended)
-            if number <= steps:
+            if number <= steps and not self._stopping:
                 self._make(number)
 
     def _take_weights(self, ended: int) -> bool:
@@ -193,6 +193,7 @@ class Producer:
             del self._produced[number]
             if stopping:
                 self._set(_stopping=True)
+                self._context.models.rollout.abort()  # what is being generated now, nobody will train on
                 return
 
     def _wait_for_step(self, number: int) -> None:
@@ -214,6 +215,7 @@ class Producer:
             work()
         except BaseException as error:  # raised again where the main thread waits
             self._set(_failure=error)
+            self._context.models.rollout.abort()
 
     def _set(self, **values: Any) -> None:
         with self._changed:

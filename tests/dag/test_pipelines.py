@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from siirl.config.schema import Config
 from siirl.dag import Graph, WorkerPlan, due, plan_worker
+from siirl.worker.dag_worker import weights_follow
 
 
 def planned(name: str, workers: int = 2, **algorithm: object) -> WorkerPlan:
@@ -120,3 +123,16 @@ def test_no_built_in_pipeline_leans_on_the_order_of_its_file(name: str, reverse:
     order = nodes(plan_worker(graph, config, 2, 0))
     assert set(order) == set(nodes(plan_worker(Graph.from_yaml(name), config, 2, 0)))
     assert order.index("data") < order.index("update") < order.index("sync") < order.index("evaluate")
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo", "sft"])
+def test_every_step_of_training_is_followed_by_new_weights_for_the_rollout_engine(name: str) -> None:
+    steps = planned(name, mini_batches=2, kl_coef=0.04).steps
+    training = [place for place, step in enumerate(steps) if step.op in ("log_prob", "value", "update")]
+    assert training and all(weights_follow(steps[place + 1 :]) for place in training)
+    rollout = next((place for place, step in enumerate(steps) if step.op == "rollout"), len(steps))
+    assert not weights_follow(steps[:rollout])  # nothing comes before the step ends
+    sync = next(place for place, step in enumerate(steps) if step.op == "sync_weights")
+    seldom, custom = replace(steps[sync], every=2), replace(steps[sync], op="custom")
+    assert not weights_follow([*steps[training[0] + 1 : sync], seldom])
+    assert not weights_follow([*steps[training[0] + 1 : sync], custom, steps[sync]])  # it may generate

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from siirl.planning.job import Job
 from siirl.planning.memory import cache_rows, memory_of
 from siirl.planning.models import find_shape
 from siirl.planning.shape import Numbers
-from siirl.rollout.state import CachedState
+from siirl.rollout.state import cache_shape
 from siirl.training.optimizer import make_optimizer
 from siirl_kernels.packing import PackedSequences
 from tests.planning.jobs import job_of
@@ -95,8 +97,8 @@ def test_the_cache_is_the_one_the_engine_allocates() -> None:
     job = job_of(2, "local-2", model__path=path, training__dtype="float32", rollout__max_sequences=20)
     rows, length = cache_rows(job)
     assert (rows, length) == (16, 1024 + 1024)  # whole groups of 8 within 20 sequences
-    cache = CachedState(decoder(path), rows, length)._cache
-    assert memory_of(job, step(job, "rollout"))["kv cache"] == cache.nbytes
+    model = decoder(path)
+    assert memory_of(job, step(job, "rollout"))["kv cache"] == 4 * math.prod(cache_shape(model.config, rows, length))
 
 
 def test_replicated_training_by_hand() -> None:
@@ -114,7 +116,8 @@ def test_sharded_training_by_hand() -> None:
     gathered = 2 * (2 * EMBEDDING + 3584 + 2 * LAYER)  # embedding, head, last norm and two layers in bfloat16
     assert terms["weights"] == pytest.approx(4 * PARAMETERS / 64 + gathered)
     assert terms["optimiser"] == pytest.approx((8 + 4) * PARAMETERS / 64)
-    assert terms["rollout"] == 2 * PARAMETERS
+    assert "rollout" not in terms  # its copy of the weights sleeps
+    assert memory_of(job, step(job, "rollout"))["rollout"] == 2 * PARAMETERS
     # 64 samples of about 1,000 tokens make several micro-batches: gradients wait whole in between
     assert terms["gradients"] == pytest.approx(4 * PARAMETERS + 4 * PARAMETERS / 64)
     single = job_of(512, training__sharding="shard", training__micro_batch_tokens=65536)

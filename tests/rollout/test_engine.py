@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from siirl.errors import SiirlError
 from siirl.model.config import DecoderConfig
 from siirl.model.decoder import Decoder, PackedAttention
 from siirl.model.export import save_pretrained
 from siirl.model.load import load_model
-from siirl.rollout.engine import LENGTH, STOP, NativeEngine, compact
+from siirl.rollout.engine import LENGTH, STOP, NativeEngine, SleepLevel, compact
 from siirl.rollout.sampling import Sampling
 from siirl_kernels.packing import PackedSequences
 from tests.device_under_test import device
@@ -127,6 +128,57 @@ def test_a_prompt_is_computed_once_for_its_group() -> None:
     # the first pass holds every prompt once; each further pass one token per response; the last token needs none
     assert seen == [sum(map(len, PROMPTS)), *[rows] * 5]
     assert len(done.response_ids) == rows
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_weights_of_its_own_are_gone_while_it_sleeps_and_what_training_computes_with_stays(level: SleepLevel) -> None:
+    shared, own = tiny(), tiny()
+    engines = engine(shared), engine(own, own_weights=True)
+    for made in engines:
+        made.sleep(level)
+        made.sleep(level)
+    assert sum(p.numel() for p in own.parameters()) == 0
+    assert_equal(shared, tiny())
+    with pytest.raises(SiirlError, match="asleep and cannot take new weights"):
+        engines[1].update_weights(shared.named_parameters(), 1)
+    for made in engines:
+        made.wake()
+    assert_equal(shared, tiny())
+    if level == 1:
+        assert_equal(own, tiny())
+    else:
+        weights = dict(tiny().named_parameters())
+        last = weights.popitem()
+        engines[1].update_weights(weights.items(), 1)
+        with pytest.raises(SiirlError, match=f"the weight '{last[0]}' was dropped"):
+            engines[1].generate(PROMPTS[:1], torch.tensor([0]), Sampling(1), 1, 0)
+        engines[1].update_weights([last], 1)
+    results = [made.generate(PROMPTS, torch.arange(5), Sampling(8), 1, 0) for made in engines]
+    assert as_lists(results[0]) == as_lists(results[1])
+
+
+def assert_equal(decoder: Decoder, other: Decoder) -> None:
+    for own, expected in zip(decoder.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(own, expected, atol=0, rtol=0)
+
+
+def test_calls_share_the_memory_of_one_cache() -> None:
+    made = engine(tiny())
+    long, short = Sampling(30, temperature=1.5), Sampling(10, temperature=1.5)
+    kept = []
+    for sampling in (long, short, long):
+        done = made.generate(PROMPTS, torch.arange(5), sampling, 1, 0)
+        fresh = engine(tiny()).generate(PROMPTS, torch.arange(5), sampling, 1, 0)
+        torch.testing.assert_close(done.log_probs.values, fresh.log_probs.values, atol=0, rtol=0)
+        kept.append(made._room.data_ptr())
+    assert len(set(kept)) == 1
+
+
+def test_an_abort_without_a_call_does_nothing() -> None:
+    made = engine(tiny())
+    made.abort()
+    done = made.generate(PROMPTS, torch.arange(5), Sampling(8, ignore_eos=True), 1, 0)
+    assert done.finish_reason.tolist() == [LENGTH] * 5
 
 
 def test_stop_strings_end_a_response() -> None:

@@ -241,6 +241,11 @@ ENGINES = [
     ("cache rows that do not move", "L4.batch_independence", "responses that differ"),
     ("drawn too cold", "L4.frequencies", "chi-squared over its degrees of freedom"),
     ("log-probs without the temperature", "L4.log_probs_agree[float32]", "difference at temperature 0.7"),
+    ("a cache kept asleep", "L4.sleep_frees_memory[2]", "share of weights and cache still in use"),
+    ("weights kept asleep", "L4.sleep_frees_memory[2]", "share of weights and cache still in use"),
+    ("woken without its weights", "L4.sleep_frees_memory[2]", "an engine whose weights were dropped generates"),
+    ("one abort of many", "L4.abort", "the reasons are"),
+    ("all aborted for some", "L4.abort", "the reasons are"),
     ("advantages not by the deviation", "L5.golden_rollouts", "actor/loss of step 1 off by"),
     ("gradients one per cent too large", "L5.golden_rollouts", "actor/grad_norm of step 1 off by"),
 ]

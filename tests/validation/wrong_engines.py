@@ -10,11 +10,12 @@ from torch import Tensor
 
 from siirl.algorithms import advantages
 from siirl.rollout import engine as engines
-from siirl.rollout.engine import NativeEngine
+from siirl.rollout.engine import NativeEngine, SleepLevel
 from siirl.rollout.sampling import Sampling
 from siirl.rollout.state import CachedState
 from siirl.training.fsdp import TrainingEngine
 
+_sleep, _wake, _abort = NativeEngine.sleep, NativeEngine.wake, NativeEngine.abort
 _draw, _keep, _group_advantages, _clip = (
     engines.draw,
     CachedState.keep,
@@ -79,6 +80,32 @@ def _one_per_cent_more(self: TrainingEngine) -> float:
     return _clip(self)
 
 
+def _keeps_its_cache(self: NativeEngine, level: SleepLevel = 1) -> None:
+    room = self._room
+    _sleep(self, level)
+    self._room = room
+
+
+def _keeps_its_weights(self: NativeEngine, level: SleepLevel = 1) -> None:
+    self._room, self._asleep = None, {}
+
+
+def _wakes_without_asking_for_weights(self: NativeEngine) -> None:
+    _wake(self)
+    for name, weight in self.decoder.named_parameters():
+        if name in self._dropped:
+            weight.data.zero_()
+    self._dropped.clear()
+
+
+def _ends_only_the_first(self: NativeEngine, sample_ids: Tensor | None = None) -> None:
+    _abort(self, None if sample_ids is None else sample_ids[:1])
+
+
+def _ends_all(self: NativeEngine, sample_ids: Tensor | None = None) -> None:
+    _abort(self, None)
+
+
 PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
     "stale weights after a sync": [(NativeEngine, "update_weights", _weights_stay)],
     "the old version after a sync": [(NativeEngine, "update_weights", _version_stays)],
@@ -87,6 +114,11 @@ PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
     "cache rows that do not move": [(CachedState, "keep", _cache_not_moved)],
     "drawn too cold": [(engines, "draw", _too_cold)],
     "log-probs without the temperature": [(engines, "draw", _log_probs_untempered)],
+    "a cache kept asleep": [(NativeEngine, "sleep", _keeps_its_cache)],
+    "weights kept asleep": [(NativeEngine, "sleep", _keeps_its_weights), (NativeEngine, "wake", lambda self: None)],
+    "woken without its weights": [(NativeEngine, "wake", _wakes_without_asking_for_weights)],
+    "one abort of many": [(NativeEngine, "abort", _ends_only_the_first)],
+    "all aborted for some": [(NativeEngine, "abort", _ends_all)],
     "advantages not by the deviation": [(advantages, "group_advantages", _not_by_the_deviation)],
     "gradients one per cent too large": [(TrainingEngine, "_clip", _one_per_cent_more)],
 }

@@ -234,6 +234,29 @@ def test_a_pipeline_with_branches_a_join_and_conditions_runs_on_custom_ops(recip
     assert all(line["reward/mean"] > 4 and line["actor/grad_norm"] > 0 for line in lines)
 
 
+SPY = """
+def see(batch, context):
+    engine = context.models._rollout
+    context.metrics.sum("custom/bytes", sum(p.nbytes for p in engine.decoder.parameters()))
+"""
+
+
+@pytest.mark.parametrize(("dtype", "asleep"), [("bfloat16", True), ("float32", False)])
+def test_weights_that_only_generation_uses_are_not_in_memory_while_the_actor_is_updated(
+    dtype: str, asleep: bool, recipe: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "ops.py").write_text(OPS + SPY)
+    spy = f'  - {{id: spy, op: "python:{tmp_path}/ops.py:see", after: [update], reads: [response_ids]}}\n'
+    spied = PIPELINE.replace("FOLDER", str(tmp_path))
+    spied = spied.replace("  - {id: sync", f"{spy}  - {{id: sync")
+    spied = spied.replace(
+        "op: sync_weights, model: actor, after: [update]", "op: sync_weights, model: actor, after: [spy]"
+    )
+    (tmp_path / "spied.yaml").write_text(spied)
+    runs.run(recipe, tmp_path / "run", "pipeline=spied.yaml", f"training.dtype={dtype}", "--workers", "1")
+    assert all((line["custom/bytes"] == 0) == asleep for line in runs.metrics(tmp_path / "run"))
+
+
 def test_an_error_in_a_custom_op_names_its_line(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "ops.py").write_text(OPS)
     (tmp_path / "branches.yaml").write_text(PIPELINE.replace("FOLDER", str(tmp_path)).replace(":length", ":broken"))
