@@ -125,7 +125,7 @@ def test_no_built_in_pipeline_leans_on_the_order_of_its_file(name: str, reverse:
     assert order.index("data") < order.index("update") < order.index("sync") < order.index("evaluate")
 
 
-@pytest.mark.parametrize("name", ["grpo", "ppo", "sft"])
+@pytest.mark.parametrize("name", ["grpo", "ppo", "sft", "dapo"])
 def test_every_step_of_training_is_followed_by_new_weights_for_the_rollout_engine(name: str) -> None:
     steps = planned(name, mini_batches=2, kl_coef=0.04).steps
     training = [place for place, step in enumerate(steps) if step.op in ("log_prob", "value", "update")]
