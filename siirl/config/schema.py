@@ -53,6 +53,7 @@ class DataConfig(Section):
     transport: Literal["auto", "collectives", "shared_memory"] = Field(
         "auto", description="how rows move between workers; auto: through shared memory where all are on one host"
     )
+    overlap: bool = Field(True, description="record samples while rows move between workers")
 
 
 class AlgorithmConfig(Section):

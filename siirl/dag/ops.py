@@ -52,6 +52,8 @@ class OpSpec:
     rows: Literal["keep", "source", "expand", "drop"] = "keep"
     trains: bool = False
     """The op changes the model it uses."""
+    observes: bool = False
+    """The op only looks at the rows, so that it may run while they move to other workers."""
     repeats: bool = False
     """The op may ask for another round: what it waits for runs again, then the op itself."""
     implicit: tuple[str, ...] = ()
@@ -206,6 +208,7 @@ _OPS: dict[str, OpSpec] = {
             reads=_names("prompt_ids response_ids row"),
             open_reads=True,
             implicit=("sample_id", "slot"),
+            observes=True,
         ),
     )
 }
@@ -219,17 +222,21 @@ def register_op(
     models: Iterable[str] = (),
     layout: Literal["groups", "tokens"] = "groups",
     params: Iterable[str] | None = None,
+    observes: bool = False,
 ) -> Callable[[Function], Function]:
     """Decorate a function to make it the op ``name``.
 
     A name in `reads` that ends in ``?`` is optional. The op takes and gives exactly the columns named here, keeps the
-    rows as they are, and needs one of `models` unless there are none. `params`: the keys it accepts; None: any.
+    rows as they are, and needs one of `models` unless there are none. `params`: the keys it accepts; None: any. An op
+    that `observes` writes nothing and leaves models as they are: rows may move to other workers while it runs.
 
     A package offers ops through the entry-point group ``siirl.ops``: the entry's name is the op's, its value the module
     whose import registers it.
     """
     if name in _OPS or name.startswith("python:"):
         raise RequestError(f"op '{name}' cannot be registered: the name is taken")
+    if observes and writes:
+        raise RequestError(f"op '{name}' cannot be registered: it observes, and writes {', '.join(writes)}")
 
     def decorate(function: Function) -> Function:
         _OPS[name] = OpSpec(
@@ -239,6 +246,7 @@ def register_op(
             models=tuple(models),
             layout=layout,
             params=None if params is None else tuple(params),
+            observes=observes,
             function=function,
         )
         return function

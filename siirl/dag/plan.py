@@ -72,8 +72,9 @@ class Step:
     """One step of a worker.
 
     `node` runs an op, in the layout `target`. `redistribute` moves the rows from `source` to `target` and takes the
-    columns `fields` along, which are all that is read afterwards. `drop` frees the columns `fields`. A column whose
-    node was not due is absent: both leave it out. `role` says which workers have the step in their plans.
+    columns `fields` along, which are all that is read afterwards; meanwhile the next `overlaps` steps run on the rows
+    as they lay. `drop` frees the columns `fields`. A column whose node was not due is absent: both leave it out. `role`
+    says which workers have the step in their plans.
     """
 
     kind: Literal["node", "redistribute", "drop"]
@@ -88,6 +89,7 @@ class Step:
     fields: tuple[str, ...] = ()
     source: Layout | None = None
     target: Layout | None = None
+    overlaps: int = 0
     role: Role = "all"
 
     def to_dict(self) -> dict[str, Any]:
@@ -201,6 +203,8 @@ def _rows(steps: Sequence[Step]) -> tuple[tuple[str, ...], ...]:
         conditions = [f"every {step.every} steps"] * (step.every > 1) + [step.when] * (step.when is not None)
         if step.kind == "node" and find_op(step.op).repeats:
             conditions.append(f"repeats 1 to {number}")
+        if step.overlaps:
+            conditions.append(f"during {number + 1}" + f" to {number + step.overlaps}" * (step.overlaps > 1))
         rows.append(
             (
                 str(number),

@@ -6,7 +6,8 @@ A pure function: every worker computes its own plan and all of them agree. After
 2. derives the edges and orders the nodes so that each waits for all of its inputs;
 3. inserts a `redistribute` where the layout changes;
 4. walks backwards to find where each column is read last: redistribution takes along only what is still read, and a
-   `drop` follows the last reader.
+   `drop` follows the last reader;
+5. lets nodes that only look at the rows run while these move.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from siirl.config.schema import Config
 from siirl.dag.checks import at, check_nodes
 from siirl.dag.conditions import Dropped, Live, select
 from siirl.dag.graph import Graph
-from siirl.dag.ops import ROW_IDS
+from siirl.dag.ops import ROW_IDS, find_op
 from siirl.dag.plan import Layout, Placement, Role, Step, WorkerPlan, rollout_layout, training_layout
 from siirl.errors import RequestError
 
@@ -73,6 +74,8 @@ def plan_steps(graph: Graph, config: Config, workers: int) -> tuple[tuple[Step, 
     steps = _assemble(items, layouts, roles, moving=True)  # for one worker too: a pipeline is right for any number
     if workers == 1:
         steps = _assemble(items, layouts, roles, moving=False)
+    elif config.data.overlap and not place.disaggregated:
+        steps = _overlap(steps)
     return tuple(steps), _models(steps)
 
 
@@ -320,6 +323,25 @@ def _with_lifetimes(steps: list[Step], items: list[Live]) -> list[Step]:
             "layout",
         )
     return result[::-1]
+
+
+def _overlap(steps: list[Step]) -> list[Step]:
+    """Put the observers that come last before rows move behind that `redistribute`, to run during it."""
+    result = list(steps)
+    for index, step in enumerate(steps):
+        if step.kind != "redistribute":
+            continue
+        first = index
+        while first > 0 and (result[first - 1].kind == "drop" or _observes(result[first - 1])):
+            first -= 1
+        while result[first].kind == "drop":  # after a node that has to end before
+            first += 1
+        result[first : index + 1] = [replace(step, overlaps=index - first), *result[first:index]]
+    return result
+
+
+def _observes(step: Step) -> bool:
+    return step.kind == "node" and find_op(step.op).observes
 
 
 def _ordered(columns: set[str], place: dict[str, int]) -> tuple[str, ...]:

@@ -30,7 +30,8 @@ class Context:
     """One worker's view of a stage.
 
     ``collectives`` and ``transport`` are of the workers that share this one's role, ``world`` and ``world_transport``
-    of all; where every worker does everything they are the same. ``step`` counts from 1; ``policy_version`` is the
+    of all; where every worker does everything they are the same. ``moving`` are collectives of all workers once more,
+    on which rows travel while a node uses the others. ``step`` counts from 1; ``policy_version`` is the
     number of steps that the rollout engine's weights have seen; ``rollout_seed`` differs by stage, for sample ids
     begin anew in each. ``pool`` is there where the pipeline has a node with ``op: dynamic_sampling``.
     """
@@ -43,6 +44,7 @@ class Context:
     transport: Transport
     world: Collectives
     world_transport: Transport
+    moving: Collectives
     models: Models
     loader: DistributedDataloader
     reader: PromptReader

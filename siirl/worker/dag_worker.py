@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 
 import numpy as np
 import torch
@@ -72,15 +74,38 @@ class DagWorker:
         """Run a part of the plan in the step ``context.step``; the batch after it."""
         at = 0
         while at < len(steps):
-            after = self._run(steps[at], batch)
-            batch, at = (Batch({}), 0) if after is None else (after, at + 1)
+            step, beside = steps[at], steps[at + 1 : at + 1 + steps[at].overlaps]
+            after = self._move(step, beside, batch) if step.overlaps else self._run(step, batch)
+            batch, at = (Batch({}), 0) if after is None else (after, at + 1 + step.overlaps)
         return batch
+
+    def _move(self, step: Step, beside: Sequence[Step], batch: Batch) -> Batch | None:
+        """Move the rows on a thread of its own, while steps beside it compute with them as they lie."""
+        if not any(other.kind == "node" and self._due(other) for other in beside):
+            return self._run(step, batch)
+        moved: Future[Batch | None] = Future()
+
+        def move(rows: Batch) -> None:
+            try:
+                moved.set_result(self._run(step, rows))
+            except BaseException as error:  # raised again where the result is taken
+                moved.set_exception(error)
+
+        threading.Thread(target=move, args=(batch,), name=step.id, daemon=True).start()
+        for other in beside:
+            after = self._run(other, batch)
+            assert after is not None, "an observer begins no round"
+            batch = after
+        return moved.result()
+
+    def _due(self, step: Step) -> bool:
+        return due(step, self._context.step, self._context.config)
 
     def _run(self, step: Step, batch: Batch) -> Batch | None:
         """The batch after a step; None when another round is due, so that the plan begins anew."""
         if step.kind == "drop":
             return batch.drop([name for name in step.fields if name in batch])
-        if step.kind == "node" and not due(step, self._context.step, self._context.config):
+        if step.kind == "node" and not self._due(step):
             return batch
         with self._tracer.span(step.id, step=self._context.step, stage=self._context.stage):
             if step.kind == "redistribute":
@@ -98,7 +123,7 @@ class DagWorker:
         slots = batch.dense("slot") if "slot" in batch else torch.empty(0, dtype=torch.int64)
         batch, moved = redistribute(
             batch,
-            context.world if everybody else context.collectives,
+            context.moving if everybody else context.collectives,
             fields=[name for name in step.fields if name in batch and name not in _IDS],
             split=step.target.split,
             strata=mini_batch_index(slots, config.data.prompts_per_step, config.algorithm.mini_batches),
@@ -172,7 +197,7 @@ def weights_follow(steps: Sequence[Step]) -> bool:
     for step in steps:
         if step.op == "sync_weights":
             return step.when is None and step.every == 1
-        if step.op not in ("", "reward", "advantage", "filter", "kl_reward", *_TRAINING):
+        if step.op not in ("", "reward", "advantage", "filter", "kl_reward", "record_samples", *_TRAINING):
             return False
     return False
 

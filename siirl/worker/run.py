@@ -90,7 +90,12 @@ class RunWorker:
         backend.seed(config.seed)
         log.info("kernels: %s", bind(backend.kernel_order()))
         self._models = Models(config, backend, self._collectives, self._role)
-        self._world_transport = self._transport = choose_transport(config.data.transport, world)
+        # rows have a group of their own where a node may use the workers' at the same time
+        overlaps = config.data.overlap and not self._place.disaggregated and world.size > 1
+        moving = world.subgroup(range(world.size)) if overlaps else world
+        assert moving is not None
+        self._moving = moving
+        self._world_transport = self._transport = choose_transport(config.data.transport, moving)
         if self._place.disaggregated:
             self._transport = choose_transport(config.data.transport, self._collectives)
         self._sender, self._receiver = self._weights_link()
@@ -227,6 +232,7 @@ class RunWorker:
             transport=self._transport,
             world=self._world,
             world_transport=self._world_transport,
+            moving=self._moving,
             models=models,
             loader=DistributedDataloader(
                 train, config.data.prompts_per_step, rank, workers, config.seed, config.data.shuffle

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -136,3 +137,23 @@ def test_every_step_of_training_is_followed_by_new_weights_for_the_rollout_engin
     seldom, custom = replace(steps[sync], every=2), replace(steps[sync], op="custom")
     assert not weights_follow([*steps[training[0] + 1 : sync], seldom])
     assert not weights_follow([*steps[training[0] + 1 : sync], custom, steps[sync]])  # it may generate
+
+
+def test_what_only_looks_at_the_rows_runs_while_they_move() -> None:
+    steps = planned("grpo").steps
+    hop = next(place for place, step in enumerate(steps) if step.kind == "redistribute")
+    during = steps[hop + 1 : hop + 1 + steps[hop].overlaps]
+    assert [step.op for step in during if step.kind == "node"] == ["record_samples"]
+    assert steps[hop - 1].id == "advantage" and steps[hop + 1 + steps[hop].overlaps].id == "update"
+    read = {column for step in steps[hop + 1 + steps[hop].overlaps :] for column in step.reads.values()}
+    assert read <= set(steps[hop].fields) and "row" not in steps[hop].fields
+    assert WorkerPlan.from_json(planned("grpo").to_json()) == planned("grpo")
+
+
+@pytest.mark.parametrize("settings", [{"data": {"overlap": False}}, {"placement": "disaggregated"}])
+def test_nothing_runs_while_rows_move_when_that_is_off_or_generation_is_elsewhere(settings: dict[str, Any]) -> None:
+    graph = Graph.from_yaml("grpo")
+    config = Config.model_validate({"pipeline": "grpo", "algorithm": graph.algorithm, **settings})
+    for rank in range(2):
+        assert not any(step.overlaps for step in plan_worker(graph, config, 2, rank).steps)
+    assert [step.overlaps for step in planned("grpo", workers=1).steps if step.kind == "redistribute"] == []
