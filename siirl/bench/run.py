@@ -18,8 +18,10 @@ from siirl.device.backend import Backend
 from siirl.errors import ValidationError
 from siirl_kernels import bind
 
-# A benchmark that looks slower is measured again with so many times the pairs; only that counts.
+# What looks slower is measured again with so many times the pairs, so often at most. It counts as slower only if it
+# is every time: a neighbour on the machine, or where its memory came to lie, can make it so once.
 RETRY_FACTOR = 3
+RETRIES = 2
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
@@ -121,10 +123,12 @@ def _compare(
 ) -> Comparison:
     """Compare with the record; what looks slower is measured again, and replaced in the document, first."""
     comparison = compare(document, record.document, request.tolerance, request.wants)
-    if not comparison.suspects:
-        return comparison
-    _measure_again(document, comparison.suspects, backend, echo, Effort(request.pairs, RETRY_FACTOR))
-    return compare(document, record.document, request.tolerance, request.wants)
+    for _ in range(RETRIES):
+        if not comparison.suspects:
+            break
+        _measure_again(document, comparison.suspects, backend, echo, Effort(request.pairs, RETRY_FACTOR))
+        comparison = compare(document, record.document, request.tolerance, request.wants)
+    return comparison
 
 
 def _measure_again(
