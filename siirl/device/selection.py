@@ -110,6 +110,11 @@ def probe_all() -> dict[str, Probe]:
     return probes
 
 
+def names() -> list[str]:
+    """The installed back ends, usable here or not."""
+    return list(_entry_points())
+
+
 def backend_class(name: str) -> type[Backend]:
     """The back end of that name. Raises RequestError when none or several have it, DeviceError for a broken package."""
     entries = _entry_points()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -17,7 +16,7 @@ from siirl.errors import SiirlError, WorkerLost
 def main() -> int:
     """Run this worker to its end; its exit status."""
     directory, resume = Path(sys.argv[1]), "--resume" in sys.argv[2:]
-    from siirl.worker.processes import error_file, worker_log
+    from siirl.worker.processes import worker_log, write_error
 
     rank = int(os.environ["RANK"])
     _end_with_launcher(int(os.environ["SIIRL_LAUNCHER"]))
@@ -25,11 +24,11 @@ def main() -> int:
         try:
             return _run(directory, resume)
         except SiirlError as error:
-            _tell(error_file(directory, rank), str(error), error.exit_code, isinstance(error, WorkerLost))
+            write_error(directory, rank, str(error), error.exit_code, isinstance(error, WorkerLost))
             traceback.print_exc()
             return error.exit_code
         except Exception as error:
-            _tell(error_file(directory, rank), _where(error), 1, False)
+            write_error(directory, rank, _where(error))
             traceback.print_exc()
             return 1
 
@@ -37,7 +36,7 @@ def main() -> int:
 def _run(directory: Path, resume: bool) -> int:
     from siirl.config import load
     from siirl.device import select
-    from siirl.worker.launch import Place
+    from siirl.worker.place import Place
 
     resolved = load(directory / "config.yaml", pipeline_defaults=False)
     backend = select(None, resolved.main.device)
@@ -60,11 +59,6 @@ def _run(directory: Path, resume: bool) -> int:
 def _where(error: Exception) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
-
-
-def _tell(path: Path, sentence: str, exit_code: int, consequence: bool) -> None:
-    said = {"sentence": sentence, "exit_code": exit_code, "consequence": consequence, "time": time.time()}
-    path.write_text(json.dumps(said))
 
 
 def _end_with_launcher(launcher: int) -> None:

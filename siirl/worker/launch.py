@@ -1,23 +1,26 @@
 """Launching a run: everything that can be refused is refused here, then the workers start.
 
 ``local`` starts one process per worker on this machine (one worker runs in this very process), ``env`` is one worker
-of a run that torchrun or Slurm started.
+of a run that torchrun or Slurm started, ``ray`` has the workers started on the nodes of a Ray cluster.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from siirl.algorithms.registry import check_names
 from siirl.config.loader import Resolved, Stage, dump
+from siirl.config.schema import Config
 from siirl.dag.graph import Graph
 from siirl.dag.plan import Table, all_plans_json, batch_table, check_batch
 from siirl.dag.planner import plan_roles, plan_steps
@@ -33,7 +36,11 @@ from siirl.telemetry.metrics import read_metrics
 from siirl.telemetry.report import write_report
 from siirl.telemetry.trace import merge_traces
 from siirl.worker import run_dir as directories
+from siirl.worker.place import Place, meet_under_slurm
 from siirl.worker.processes import Stopped, run_processes, worker_log
+
+Run = Callable[[Path, Config, Backend, bool], None]
+"""(run directory, main stage's configuration, back end, whether to resume): runs the workers to their end."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ def train(
         resolved: the configuration of all stages.
         device, workers, run_dir: override the configuration's.
         resume: go on from the newest checkpoint of the run directory (the newest of this name when none is given).
-        launcher: ``local`` or ``env``.
+        launcher: ``local``, ``env`` or ``ray``.
         stream: where progress is shown; standard output when absent.
 
     Raises:
@@ -70,18 +77,15 @@ def train(
         Stopped: SIGTERM or SIGINT ended the run, after a checkpoint.
         SiirlError: a worker failed.
     """
-    resolved = _with(resolved, device, workers)
+    resolved, stream = _with(resolved, device, workers), stream or sys.stdout
+    if launcher == "ray":
+        return _train_ray(resolved, device, run_dir, resume, stream)
     backend = resolve(device, resolved.main.device)
     check(resolved)
     if launcher == "env":
-        return _train_env(resolved, backend, run_dir, resume, stream or sys.stdout)
-    if launcher != "local":
-        raise RequestError(f"launcher '{launcher}' is not available; use local or env")
-    directory = directories.choose(resolved.main, run_dir, resume)
-    with directories.lock(directory):
-        _describe(resolved, directory)
-        _print_tables(resolved, stream or sys.stdout)
-        return _finish(resolved, backend, directory, resume, stream or sys.stdout)
+        return _train_env(resolved, backend, run_dir, resume, stream)
+    run = partial(_run_here, resolved) if resolved.main.workers == 1 else run_processes
+    return _finish(resolved, backend, run_dir, resume, stream, run)
 
 
 def check(resolved: Resolved) -> None:
@@ -149,36 +153,42 @@ def _print(table: Table, stream: TextIO) -> None:
         print("  " + "  ".join(cells).rstrip(), file=stream)
 
 
-def _finish(resolved: Resolved, backend: Backend, directory: Path, resume: bool, stream: TextIO) -> RunResult:
+def _finish(
+    resolved: Resolved, backend: Backend, run_dir: str | Path | None, resume: bool, stream: TextIO, run: Run
+) -> RunResult:
     """Run the workers under a display, then write the summary, the merged trace and the report, however it ended."""
     config = resolved.main
-    steps = {stage.name: stage.config.training.steps for stage in resolved.stages}
-    started = time.perf_counter()
-    error: SiirlError | None = None
-    try:
-        with ProgressDisplay(directory, steps, stream):
-            if config.workers == 1:
-                _run_here(resolved, backend, directory, resume)
-            else:
-                run_processes(directory, config, backend, resume)
-    except SiirlError as failure:
-        error = failure
-    status = "finished" if error is None else "stopped" if isinstance(error, Stopped) else "failed"
-    summary = {
-        "status": status,
-        "device": backend.name,
-        "workers": config.workers,
-        "model": config.model.path,
-        "seconds": time.perf_counter() - started,
-        **({} if error is None else {"error": str(error)}),
-    }
-    (directory / "summary.json").write_text(json.dumps(summary, indent=1))
-    report = _conclude(directory, config.logging.trace, config.logging.report)
+    directory = directories.choose(config, run_dir, resume)
+    with directories.lock(directory):
+        _describe(resolved, directory)
+        _print_tables(resolved, stream)
+        steps = {stage.name: stage.config.training.steps for stage in resolved.stages}
+        started = time.perf_counter()
+        error: SiirlError | None = None
+        try:
+            with ProgressDisplay(directory, steps, stream):
+                run(directory, config, backend, resume)
+        except SiirlError as failure:
+            error = failure
+        _summarize(config, backend.name, directory, time.perf_counter() - started, error)
+        report = _conclude(directory, config.logging.trace, config.logging.report)
     if error is not None:
         raise error
     metrics = read_metrics(directory)
     print(_verdict(metrics, directory, report), file=stream)
     return RunResult(directory, metrics, report)
+
+
+def _summarize(config: Config, device: str, directory: Path, seconds: float, error: SiirlError | None) -> None:
+    summary = {
+        "status": "finished" if error is None else "stopped" if isinstance(error, Stopped) else "failed",
+        "device": device,
+        "workers": config.workers,
+        "model": config.model.path,
+        "seconds": seconds,
+        **({} if error is None else {"error": str(error)}),
+    }
+    (directory / "summary.json").write_text(json.dumps(summary, indent=1))
 
 
 def _conclude(directory: Path, trace: bool, report: bool) -> Path | None:
@@ -187,7 +197,7 @@ def _conclude(directory: Path, trace: bool, report: bool) -> Path | None:
     return write_report(directory) if report else None
 
 
-def _run_here(resolved: Resolved, chosen: Backend, directory: Path, resume: bool) -> None:
+def _run_here(resolved: Resolved, directory: Path, config: Config, chosen: Backend, resume: bool) -> None:
     backend = select(chosen.name)
     from siirl.worker.run import run_worker
 
@@ -199,11 +209,26 @@ def _run_here(resolved: Resolved, chosen: Backend, directory: Path, resume: bool
         raise Stopped(stopped, directory)
 
 
+def _train_ray(
+    resolved: Resolved, device: str | None, run_dir: str | Path | None, resume: bool, stream: TextIO
+) -> RunResult:
+    if importlib.util.find_spec("ray") is None:
+        raise RequestError("--launcher ray needs Ray, which is not installed: pip install 'siirl[ray]'")
+    from siirl.worker import ray_cluster
+
+    check(resolved)
+    with ray_cluster.connected():
+        backend = ray_cluster.choose_backend(device, resolved.main.device)
+        with ray_cluster.reserved(backend, resolved.main) as group:
+            return _finish(resolved, backend, run_dir, resume, stream, partial(ray_cluster.run_actors, group))
+
+
 def _train_env(
     resolved: Resolved, backend: Backend, run_dir: str | Path | None, resume: bool, stream: TextIO
 ) -> RunResult:
     """One worker of a run whose processes torchrun or Slurm started; worker 0 also prepares and shows."""
     place = Place.from_environment(os.environ)
+    meet_under_slurm(os.environ)
     resolved = _with(resolved, None, place.workers)
     check(resolved)
     if run_dir is None and resolved.main.run_dir is None:
@@ -237,32 +262,6 @@ def _train_env(
     if place.rank == 0:
         print(_verdict(metrics, directory, report), file=stream)
     return RunResult(directory, metrics, report)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a worker stands among all workers and on its node."""
-
-    rank: int
-    workers: int
-    local_rank: int
-    local_workers: int
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> Place:
-        """Read torchrun's variables, else Slurm's.
-
-        Raises:
-            RequestError: neither has set them.
-        """
-        for names in (
-            ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-            ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
-        ):
-            if all(name in environment for name in names[:3]):
-                rank, workers, local_rank = (int(environment[name]) for name in names[:3])
-                return cls(rank, workers, local_rank, int(environment.get(names[3], "1").split("(")[0]))
-        raise RequestError("--launcher env: neither RANK, WORLD_SIZE and LOCAL_RANK (torchrun) nor SLURM_PROCID is set")
 
 
 def _verdict(metrics: list[dict[str, Any]], directory: Path, report: Path | None) -> str:

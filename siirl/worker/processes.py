@@ -1,4 +1,4 @@
-"""The local launcher: one process per worker on this machine, watched until all have ended or one has failed."""
+"""Worker processes: starting them on this machine, and watching them until all have ended or one has failed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from siirl.config.schema import Config
 from siirl.device.backend import Backend
@@ -23,6 +22,7 @@ from siirl.device.host import usable_cores
 from siirl.device.selection import launch_environment
 from siirl.errors import DeviceError, RequestError, SiirlError
 from siirl.telemetry.metrics import read_metrics
+from siirl.worker.place import Place
 
 _POLL_S = 0.1
 # after one worker failed, the others have this long to end by themselves
@@ -39,8 +39,35 @@ class Stopped(SiirlError):
         self.exit_code = 128 + number
 
 
+class Process(Protocol):
+    """A worker as a launcher sees it; `subprocess.Popen` is one."""
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
+
+    def send_signal(self, number: int, /) -> None: ...
+
+    def kill(self) -> None: ...
+
+
 def run_processes(directory: Path, config: Config, backend: Backend, resume: bool) -> None:
-    """Start ``config.workers`` workers, wait for them, pass signals on.
+    """Start ``config.workers`` workers on this machine and see them through; raises as `supervise` does."""
+    count, port = config.workers, free_port("127.0.0.1")
+
+    def start() -> list[Process]:
+        places = [Place(rank, count, rank, count) for rank in range(count)]
+        environments = [worker_environment(backend, p, "127.0.0.1", port, config.threads_per_worker) for p in places]
+        return [start_process(directory, environment, resume) for environment in environments]
+
+    supervise(directory, start)
+
+
+def supervise(directory: Path, start: Callable[[], Sequence[Process]]) -> None:
+    """Start workers, in the order of their ranks, wait for them, pass signals on.
 
     Raises:
         SiirlError: a worker failed; names it, why, and at which step. The others are ended.
@@ -48,55 +75,60 @@ def run_processes(directory: Path, config: Config, backend: Backend, resume: boo
     """
     for old in (directory / "logs").glob("worker_*.error.json"):
         old.unlink()
-    environment = {**os.environ, **launch_environment(backend), **_rendezvous(config)}
-    workers = [_start(directory, rank, environment, resume) for rank in range(config.workers)]
-    with _pass_signals(workers) as received:
+    with _signals() as received:
+        workers = start()
         try:
-            _wait(workers)
+            _wait(workers, received)
         finally:
             _end(workers)
-    codes = [worker.returncode for worker in workers]
+    codes = [worker.wait() for worker in workers]
     if received and all(code in (0, 128 + received[0]) for code in codes):
         raise Stopped(received[0], directory)
     if any(codes):
         raise _failure(directory, codes)
 
 
-def _rendezvous(config: Config) -> dict[str, str]:
+def free_port(address: str) -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    threads = config.threads_per_worker or max(1, usable_cores() // config.workers)
+        probe.bind((address, 0))
+        return probe.getsockname()[1]
+
+
+def worker_environment(
+    backend: Backend, place: Place, address: str, port: int, threads: int | None = None
+) -> dict[str, str]:
+    """This process's environment and what makes it that of a worker, which meets the others at an address and port."""
     return {
-        "WORLD_SIZE": str(config.workers),
-        "LOCAL_WORLD_SIZE": str(config.workers),
-        "MASTER_ADDR": "127.0.0.1",
+        **os.environ,
+        **launch_environment(backend),
+        **place.variables(),
+        "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(threads or max(1, usable_cores() // place.local_workers)),
         "PYTHONHASHSEED": "0",  # some data sources order sets of strings; every worker must see the same rows
+        "SIIRL_LAUNCHER": str(os.getpid()),
     }
 
 
-def _start(directory: Path, rank: int, environment: dict[str, str], resume: bool) -> subprocess.Popen[bytes]:
+def start_process(
+    directory: Path, environment: dict[str, str], resume: bool, cwd: str | None = None
+) -> subprocess.Popen[bytes]:
+    """Start one worker of the run in `directory`."""
     command = [sys.executable, "-m", "siirl.worker", str(directory), *(["--resume"] if resume else [])]
-    own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "SIIRL_LAUNCHER": str(os.getpid())}
     # a group of its own: an interrupt from the terminal reaches the launcher, which passes it on once
-    return subprocess.Popen(command, env=environment | own, stdin=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, cwd=cwd)
 
 
 @contextmanager
-def _pass_signals(workers: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+def _signals() -> Iterator[list[int]]:
+    """The numbers of the signals that ask this process to end, as they come."""
     received: list[int] = []
-
-    def take(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        for worker in workers:
-            worker.send_signal(number)
-
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    before = {number: signal.signal(number, take) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in numbers}
     try:
         yield received
     finally:
@@ -104,22 +136,28 @@ def _pass_signals(workers: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]
             signal.signal(number, handler)
 
 
-def _wait(workers: list[subprocess.Popen[bytes]]) -> None:
-    """Until all have ended, or the grace period after the first failure is over."""
+def _wait(workers: Sequence[Process], received: list[int]) -> None:
+    """Until all have ended, or the grace period after the first failure is over; passes signals on meanwhile."""
     deadline: float | None = None
-    while any(worker.poll() is None for worker in workers):
-        if deadline is None and any(worker.poll() for worker in workers):
+    passed = 0
+    while [worker for worker in workers if worker.poll() is None]:
+        for number in received[passed:]:
+            passed += 1
+            for worker in workers:
+                worker.send_signal(number)
+        if deadline is None and any(worker.returncode for worker in workers):
             deadline = time.monotonic() + _GRACE_S
         if deadline is not None and time.monotonic() > deadline:
             return
         time.sleep(_POLL_S)
 
 
-def _end(workers: list[subprocess.Popen[bytes]]) -> None:
-    for worker in workers:
-        if worker.poll() is None:
-            worker.kill()
-            worker.wait()
+def _end(workers: Sequence[Process]) -> None:
+    running = [worker for worker in workers if worker.poll() is None]
+    for worker in running:
+        worker.kill()
+    for worker in running:
+        worker.wait()
 
 
 def _failure(directory: Path, codes: list[int]) -> SiirlError:
@@ -160,6 +198,14 @@ def _error_of(directory: Path, rank: int) -> dict[str, Any] | None:
 def error_file(directory: Path, rank: int) -> Path:
     """Where worker ``rank`` leaves the sentence it ended with."""
     return directory / "logs" / f"worker_{rank:03d}.error.json"
+
+
+def write_error(directory: Path, rank: int, sentence: str, exit_code: int = 1, consequence: bool = False) -> None:
+    """Leave the sentence that worker ``rank`` ended with; a ``consequence`` is that of another worker's end."""
+    said = {"sentence": sentence, "exit_code": exit_code, "consequence": consequence, "time": time.time()}
+    path = error_file(directory, rank)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(said))
 
 
 @contextmanager
