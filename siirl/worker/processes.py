@@ -80,12 +80,12 @@ def supervise(directory: Path, start: Callable[[], Sequence[Process]]) -> None:
         try:
             _wait(workers, received)
         finally:
-            _end(workers)
+            ended = _end(workers)
     codes = [worker.wait() for worker in workers]
     if received and all(code in (0, 128 + received[0]) for code in codes):
         raise Stopped(received[0], directory)
     if any(codes):
-        raise _failure(directory, codes)
+        raise _failure(directory, codes, ended)
 
 
 def free_port(address: str) -> int:
@@ -152,42 +152,40 @@ def _wait(workers: Sequence[Process], received: list[int]) -> None:
         time.sleep(_POLL_S)
 
 
-def _end(workers: Sequence[Process]) -> None:
-    running = [worker for worker in workers if worker.poll() is None]
-    for worker in running:
-        worker.kill()
-    for worker in running:
-        worker.wait()
+def _end(workers: Sequence[Process]) -> set[int]:
+    """End the workers that still run; their ranks."""
+    running = {rank for rank, worker in enumerate(workers) if worker.poll() is None}
+    for rank in running:
+        workers[rank].kill()
+    for rank in running:
+        workers[rank].wait()
+    return running
 
 
-def _failure(directory: Path, codes: list[int]) -> SiirlError:
-    """The sentence for a failed run: a worker that was killed is the cause, what the others then said is not."""
+def _failure(directory: Path, codes: list[int], ended: set[int]) -> SiirlError:
+    """The sentence for a failed run; `ended` are the workers that the launcher ended.
+
+    A worker that someone else killed is the cause, whatever the others said of it. Any other signal may be a library's
+    way to leave when its peers are gone, and counts for less than what a worker said.
+    """
     metrics = read_metrics(directory)
     last = f"after step {metrics[-1]['step']} of {metrics[-1]['stage']}" if metrics else "before its first step ended"
-    errors = {rank: _error_of(directory, rank) for rank, code in enumerate(codes) if code}
-    killed = [rank for rank, code in enumerate(codes) if code < 0 and code != -signal.SIGKILL]
-    killed += [rank for rank, code in enumerate(codes) if code == -signal.SIGKILL and errors[rank] is None]
-    told = {rank: error for rank, error in errors.items() if error is not None}
-    causes = {rank: error for rank, error in told.items() if not error["consequence"]}
     resume = f"; --resume --run-dir {directory} goes on from the last checkpoint"
-    if causes:
-        rank, error = min(causes.items(), key=lambda item: item[1]["time"])
-        kind = _CLASSES.get(error["exit_code"], SiirlError)
-        return kind(
-            error["sentence"]
-            if error["exit_code"] == 2
-            else f"worker {rank} failed {last}: {error['sentence']}{resume}"
-        )
-    if killed:
-        name = signal.Signals(-codes[killed[0]]).name
-        return SiirlError(f"worker {killed[0]} was ended by {name} {last}{resume}")
-    if told:
-        rank, error = min(told.items(), key=lambda item: item[1]["time"])
-        return SiirlError(f"worker {rank} failed {last}: {error['sentence']}{resume}")
-    rank = next(rank for rank, code in enumerate(codes) if code)
-    return SiirlError(
-        f"worker {rank} ended with status {codes[rank]} {last}; see {directory}/logs/worker_{rank:03d}.log"
-    )
+    failed = [rank for rank, code in enumerate(codes) if code and rank not in ended]
+    told = {rank: error for rank in failed if (error := _error_of(directory, rank)) is not None}
+    causes = [rank for rank in told if not told[rank]["consequence"]]
+    killed = [rank for rank in failed if codes[rank] == -signal.SIGKILL]
+    aborted = [rank for rank in failed if codes[rank] < 0]
+    by_time = sorted(told, key=lambda rank: told[rank]["time"])
+    rank = [*killed, *(rank for rank in by_time if rank in causes), *aborted, *by_time, *failed][0]
+    if rank in told:
+        sentence, exit_code = told[rank]["sentence"], told[rank]["exit_code"]
+        said = sentence if exit_code == 2 else f"worker {rank} failed {last}: {sentence}{resume}"
+        return _CLASSES.get(exit_code, SiirlError)(said)
+    if codes[rank] < 0:
+        return SiirlError(f"worker {rank} was ended by {signal.Signals(-codes[rank]).name} {last}{resume}")
+    log = f"{directory}/logs/worker_{rank:03d}.log"
+    return SiirlError(f"worker {rank} ended with status {codes[rank]} {last}; see {log}")
 
 
 def _error_of(directory: Path, rank: int) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from siirl.worker.processes import free_port, start_process, supervise, worker_e
 
 # Ray's names for what an actor's arguments of these names ask for.
 _RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU"}
+_ANSWER_S = 10.0
 
 
 @contextmanager
@@ -38,23 +40,41 @@ def connected() -> Iterator[None]:
     """With a Ray cluster: the one this process uses, that of RAY_ADDRESS, one of this machine, or a new one here.
 
     Raises:
-        RequestError: there is none at RAY_ADDRESS.
+        RequestError: the cluster that RAY_ADDRESS or a file of Ray's names does not answer.
     """
     if ray.is_initialized():
         yield
         return
+    _check_address()
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        cause = str(error).strip().splitlines()[0]
-        raise RequestError(f"no Ray cluster answers at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: {cause}") from error
+    except ConnectionError as error:
+        raise RequestError(f"the Ray cluster cannot be used: {str(error).strip().splitlines()[0]}") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)  # Ray's own handler exits with the signal's number as status
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_address() -> None:
+    """Refuse a cluster that is gone, for which Ray would wait a quarter of an hour."""
+    file = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    source, address = "RAY_ADDRESS", os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "auto") and file.is_file():
+        source, address = str(file), file.read_text().strip()
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        return  # none, or one of Ray's other forms
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except OSError as error:
+        raise RequestError(
+            f"no Ray cluster answers at {address}, which {source} names ({error}): "
+            "set RAY_ADDRESS to one that runs, or to 'local' for one on this machine alone"
+        ) from error
 
 
 def choose_backend(cli: str | None, configured: str) -> Backend:
@@ -197,7 +217,7 @@ class RayProcess:
         try:
             self.returncode = ray.get(self._result)
         except RayActorError:
-            self.returncode = 1
+            self.returncode = -signal.SIGKILL  # which is what it came to, and the cause of what the others say
             write_error(self._directory, self._rank, f"Ray lost the actor that ran it, or all of node {self._address}")
         return self.returncode
 
