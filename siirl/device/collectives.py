@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from time import perf_counter
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -51,6 +52,8 @@ class Collectives:
         self.rank = rank
         self.size = size
         self._backend = backend
+        self.calls = 0
+        self.seconds = 0.0  # in calls, waiting for other workers included
         self._timeout_s = timeout_s
         self._spec = backend.communication() if backend else None
         self.group: dist.ProcessGroup | None = None
@@ -271,6 +274,7 @@ class Collectives:
         raise Unsupported(f"'{self._spec.torch_backend}' has no dtype that can carry bytes through an all_to_all")
 
     def _attempt(self, operation: str, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+        began = perf_counter()
         try:
             return function(*args, **kwargs)
         except RuntimeError as error:  # the base of torch.distributed's errors; gloo raises it bare
@@ -279,6 +283,9 @@ class Collectives:
                 f"{operation} failed on worker {self.rank} of {self.size}: another worker was lost, "
                 f"or did not arrive within {self._timeout_s:g} s ({cause})"
             ) from error
+        finally:
+            self.calls += 1
+            self.seconds += perf_counter() - began
 
 
 def _name(dtype: torch.dtype) -> str:

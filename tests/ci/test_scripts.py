@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "ci").glob("*.sh"))
 RUNNABLE = [script for script in SCRIPTS if script.stem != "common"]
 ACME = ROOT / "docs" / "examples" / "siirl-acme" / "ci" / "acme.sh"
-SHELL = [*SCRIPTS, ACME, ROOT / ".ci" / "run", ROOT / "docker" / "npu-entrypoint.sh"]
+CLUSTERS = sorted((ROOT / "docs" / "examples" / "clusters").glob("*.sh"))
+SHELL = [*SCRIPTS, *CLUSTERS, ACME, ROOT / ".ci" / "run", ROOT / "docker" / "npu-entrypoint.sh"]
 
 # Stands in for the environment's siirl: writes down each call, has two devices, fails as a test asks.
 SIIRL = """#!{python}
