@@ -42,17 +42,7 @@ def _run(directory: Path, resume: bool) -> int:
     backend = select(None, resolved.main.device)
     from siirl.worker.run import run_worker
 
-    place = Place.from_environment(os.environ)
-    stopped = run_worker(
-        resolved,
-        directory,
-        backend,
-        rank=place.rank,
-        local_rank=place.local_rank,
-        workers=place.workers,
-        local_workers=place.local_workers,
-        resume=resume,
-    )
+    stopped = run_worker(resolved, directory, backend, Place.from_environment(os.environ), resume)
     return 128 + stopped if stopped else 0
 
 

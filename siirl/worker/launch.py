@@ -12,7 +12,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,10 +80,10 @@ def train(
     if launcher == "ray":
         return _train_ray(resolved, device, run_dir, resume, stream)
     backend = resolve(device, resolved.main.device)
-    check(resolved)
     if launcher == "env":
         return _train_env(resolved, backend, run_dir, resume, stream)
-    run = partial(_run_here, resolved) if resolved.main.workers == 1 else run_processes
+    check(resolved)
+    run = partial(_run_here, resolved, Place(0, 1, 0, 1)) if resolved.main.workers == 1 else run_processes
     return _finish(resolved, backend, run_dir, resume, stream, run)
 
 
@@ -197,16 +196,33 @@ def _conclude(directory: Path, trace: bool, report: bool) -> Path | None:
     return write_report(directory) if report else None
 
 
-def _run_here(resolved: Resolved, directory: Path, config: Config, chosen: Backend, resume: bool) -> None:
+def _run_here(resolved: Resolved, place: Place, directory: Path, config: Config, chosen: Backend, resume: bool) -> None:
+    """Run one worker in this process."""
     backend = select(chosen.name)
     from siirl.worker.run import run_worker
 
-    with worker_log(directory, 0):
-        stopped = run_worker(
-            resolved, directory, backend, rank=0, local_rank=0, workers=1, local_workers=1, resume=resume
-        )
+    with worker_log(directory, place.rank):
+        stopped = run_worker(resolved, directory, backend, place, resume)
     if stopped:
         raise Stopped(stopped, directory)
+
+
+def _train_env(
+    resolved: Resolved, backend: Backend, run_dir: str | Path | None, resume: bool, stream: TextIO
+) -> RunResult:
+    """One worker of a run whose processes torchrun or Slurm started; worker 0 also prepares, shows and concludes."""
+    place = Place.from_environment(os.environ)
+    meet_under_slurm(os.environ)
+    resolved = _with(resolved, None, place.workers)
+    check(resolved)
+    if run_dir is None and resolved.main.run_dir is None:
+        raise RequestError("--launcher env needs --run-dir (or run_dir): all workers write to the same directory")
+    run = partial(_run_here, resolved, place)
+    if place.rank == 0:
+        return _finish(resolved, backend, run_dir, resume, stream, run)
+    directory = directories.choose(resolved.main, run_dir, resume, create=False)
+    run(directory, resolved.main, backend, resume)
+    return RunResult(directory, read_metrics(directory), None)
 
 
 def _train_ray(
@@ -221,47 +237,6 @@ def _train_ray(
         backend = ray_cluster.choose_backend(device, resolved.main.device)
         with ray_cluster.reserved(backend, resolved.main) as group:
             return _finish(resolved, backend, run_dir, resume, stream, partial(ray_cluster.run_actors, group))
-
-
-def _train_env(
-    resolved: Resolved, backend: Backend, run_dir: str | Path | None, resume: bool, stream: TextIO
-) -> RunResult:
-    """One worker of a run whose processes torchrun or Slurm started; worker 0 also prepares and shows."""
-    place = Place.from_environment(os.environ)
-    meet_under_slurm(os.environ)
-    resolved = _with(resolved, None, place.workers)
-    check(resolved)
-    if run_dir is None and resolved.main.run_dir is None:
-        raise RequestError("--launcher env needs --run-dir (or run_dir): all workers write to the same directory")
-    directory = directories.choose(resolved.main, run_dir, resume, create=place.rank == 0)
-    loaded = select(backend.name)
-    from siirl.worker.run import run_worker
-
-    steps = {stage.name: stage.config.training.steps for stage in resolved.stages}
-    with ExitStack() as stack:
-        if place.rank == 0:
-            stack.enter_context(directories.lock(directory))
-            _describe(resolved, directory)
-            _print_tables(resolved, stream)
-        stack.enter_context(ProgressDisplay(directory, steps, stream) if place.rank == 0 else nullcontext())
-        stopped = run_worker(
-            resolved,
-            directory,
-            loaded,
-            rank=place.rank,
-            local_rank=place.local_rank,
-            workers=place.workers,
-            local_workers=place.local_workers,
-            resume=resume,
-        )
-    if stopped:
-        raise Stopped(stopped, directory)
-    logging = resolved.main.logging
-    report = _conclude(directory, logging.trace, logging.report) if place.rank == 0 else None
-    metrics = read_metrics(directory)
-    if place.rank == 0:
-        print(_verdict(metrics, directory, report), file=stream)
-    return RunResult(directory, metrics, report)
 
 
 def _verdict(metrics: list[dict[str, Any]], directory: Path, report: Path | None) -> str:

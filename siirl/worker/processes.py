@@ -210,7 +210,7 @@ def write_error(directory: Path, rank: int, sentence: str, exit_code: int = 1, c
 def worker_log(directory: Path, rank: int, redirect: bool = False) -> Iterator[None]:
     """Send this process's logging to ``logs/worker_000.log``; with ``redirect`` standard output and error too."""
     path = directory / "logs" / f"worker_{rank:03d}.log"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)  # whichever worker is first
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()

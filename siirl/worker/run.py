@@ -37,6 +37,7 @@ from siirl.telemetry.trace import Tracer
 from siirl.worker.context import Context
 from siirl.worker.dag_worker import DagWorker
 from siirl.worker.models import Models
+from siirl.worker.place import Place
 from siirl.worker.producer import STOP, Ahead, Produced, Producer, restore
 from siirl.worker.weights import WeightReceiver, WeightSender
 from siirl_kernels import bind
@@ -351,24 +352,14 @@ class RunWorker:
         self._world.barrier()
 
 
-def run_worker(
-    resolved: Resolved,
-    run_dir: Path,
-    backend: Backend,
-    *,
-    rank: int,
-    local_rank: int,
-    workers: int,
-    local_workers: int,
-    resume: bool,
-) -> int:
-    """Run worker ``rank`` of ``workers`` on a loaded back end; 0, or the number of the signal that stopped the run."""
-    config = resolved.main
-    backend.bind(local_rank, config.threads_per_worker or default_threads(local_workers))
+def run_worker(resolved: Resolved, run_dir: Path, backend: Backend, place: Place, resume: bool) -> int:
+    """Run the worker of a place on a loaded back end; 0, or the number of the signal that stopped the run."""
+    config, rank = resolved.main, place.rank
+    backend.bind(place.local_rank, config.threads_per_worker or default_threads(place.local_workers))
     # before the first collective: libraries read their switches when they make a communicator
     for unmet in backend.deterministic("on" if config.training.deterministic else "off"):
         log.warning("training.deterministic is not met in full: %s", unmet)
-    collectives = Collectives.init(backend, rank, workers, config.timeout_s)
+    collectives = Collectives.init(backend, rank, place.workers, config.timeout_s)
     started = time.perf_counter()
     try:
         stopped = RunWorker(resolved, run_dir, backend, collectives, resume).run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -74,19 +75,12 @@ def test_what_the_user_set_stays() -> None:
 
 
 @pytest.mark.slow
-def test_two_tasks_of_a_step_are_a_run(tmp_path: Path) -> None:
-    recipe = runs.write_recipe(tmp_path)
-    command = [
-        sys.executable,
-        "-m",
-        "siirl",
-        "train",
-        str(recipe),
-        "--launcher",
-        "env",
-        "--run-dir",
-        str(tmp_path / "env"),
-    ]
+def test_two_tasks_of_a_step_are_a_run_and_one_may_only_generate(tmp_path: Path) -> None:
+    """The recipe asks for one worker, for which that placement would be refused; the number of tasks goes before it."""
+    recipe, env = runs.write_recipe(tmp_path), tmp_path / "env"
+    disaggregated = ["placement=disaggregated", "rollout.workers=1", "rollout.max_staleness=1"]
+    command = [sys.executable, "-m", "siirl", "train", str(recipe), *disaggregated]
+    command += ["--launcher", "env", "--run-dir", str(env)]
     job = str(os.getpid())  # the port follows from it
     outer = {key: value for key, value in os.environ.items() if key not in ("RANK", "MASTER_ADDR", "MASTER_PORT")}
     tasks = [
@@ -96,5 +90,7 @@ def test_two_tasks_of_a_step_are_a_run(tmp_path: Path) -> None:
     for task in tasks:
         _, said = task.communicate(timeout=200)
         assert task.returncode == 0, said
-    runs.run(recipe, tmp_path / "local", "--workers", "2")
-    assert runs.learned(tmp_path / "env") == runs.learned(tmp_path / "local")
+    runs.run(recipe, tmp_path / "local", *disaggregated, "--workers", "2")
+    assert runs.learned(env) == runs.learned(tmp_path / "local")
+    assert json.loads((env / "summary.json").read_text())["status"] == "finished"
+    assert sorted(log.name for log in (env / "logs").iterdir()) == ["worker_000.log", "worker_001.log"]
