@@ -57,17 +57,8 @@ def measure(workers: int, folder: Path) -> dict[str, Any]:
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.format(pipeline=folder / "control_plane.yaml", steps=STEPS))
     run_dir = folder / f"run{workers}"
-    command = [
-        sys.executable,
-        "-m",
-        "siirl",
-        "train",
-        str(recipe),
-        "--workers",
-        str(workers),
-        "--run-dir",
-        str(run_dir),
-    ]
+    command = [sys.executable, "-m", "siirl", "train", str(recipe)]
+    command += ["--workers", str(workers), "--run-dir", str(run_dir)]
     began, metrics = time.perf_counter(), run_dir / "metrics.jsonl"
     free = least = available()
     first = 0.0

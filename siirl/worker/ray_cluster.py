@@ -65,6 +65,11 @@ def _check_address() -> None:
     source, address = "RAY_ADDRESS", os.environ.get("RAY_ADDRESS", "")
     if address in ("", "auto") and file.is_file():
         source, address = str(file), file.read_text().strip()
+    if "://" in address:
+        raise RequestError(
+            f"{source} is {address}, an address of Ray's client: start siirl on a node of the cluster, "
+            "or by `ray job submit`"
+        )
     host, _, port = address.rpartition(":")
     if not port.isdigit():
         return  # none, or one of Ray's other forms

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -180,9 +182,6 @@ def test_workers_leave_when_their_launcher_is_gone(recipe: Path, tmp_path: Path)
 
 
 def test_the_environment_launcher_is_one_worker_of_a_run(recipe: Path, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "siirl"]
     command = [*torchrun, "train", str(recipe), "--launcher", "env", "--run-dir", str(tmp_path / "env"), *SGD]
     done = subprocess.run(
@@ -191,6 +190,14 @@ def test_the_environment_launcher_is_one_worker_of_a_run(recipe: Path, tmp_path:
     assert done.returncode == 0, done.stderr
     runs.run(recipe, tmp_path / "local", *SGD, "--workers", "2")
     assert runs.learned(tmp_path / "env") == runs.learned(tmp_path / "local")
+
+
+def test_without_ray_the_extra_is_named(recipe: Path) -> None:
+    ray = ["train", str(recipe), "--launcher", "ray"]
+    code = f"import sys; sys.modules['ray'] = None; from siirl.cli.main import main; main({ray})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "siirl: error: --launcher ray needs Ray, which is not installed: pip install 'siirl[ray]'\n"
 
 
 PIPELINE = """
