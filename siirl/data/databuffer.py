@@ -144,6 +144,7 @@ def redistribute(
     before, after = (Spread.single(workers) if s is None else Spread.of(s, workers) for s in (source, target))
     carrier = transport or CollectiveTransport(collectives)
     samples = _gather(batch, names, collectives, before, cost, strata, carrier.compresses)
+    carrier.begin()  # who takes part in the gathering has done with what came the last time
     share = assign(
         samples.cost,
         len(after.members),

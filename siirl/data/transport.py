@@ -32,6 +32,10 @@ class Transport(Protocol):
     name: str
     compresses: bool  # whether what travels is worth narrowing
 
+    def begin(self) -> None:
+        """All workers have read what came before, and every worker's memory may be written again."""
+        ...
+
     def allocate(self, size: int) -> Tensor:
         """Room for the bytes to send next, uint8 [size]."""
         ...
@@ -60,6 +64,9 @@ class CollectiveTransport:
     def __init__(self, collectives: Collectives, *, compresses: bool = False) -> None:
         self._collectives, self.compresses = collectives, compresses
 
+    def begin(self) -> None:
+        pass
+
     def allocate(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8)
 
@@ -74,7 +81,8 @@ class SharedMemoryTransport:
 
     The memory has no name in the file system: workers open it through /proc, and it is gone with its owner, however
     that ends. There are two such memories a worker, used in turn, so that one barrier an exchange is enough: who has
-    passed it may write again where the others read the time before.
+    passed it may write again where the others read the time before. The second one is touched only where exchanges
+    follow each other without `begin`.
     """
 
     name, compresses, whole = "shared_memory", False, True
@@ -92,6 +100,9 @@ class SharedMemoryTransport:
                 opened = [os.open(f"/proc/{pid}/fd/{file}", os.O_RDWR) for file in files]
                 self._others.append([_Memory(file) for file in opened])
         collectives.barrier()
+
+    def begin(self) -> None:
+        self._turn = 0
 
     def allocate(self, size: int) -> Tensor:
         memory = self._own[self._turn]

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
 from siirl.dag.plan import Layout
+from siirl.data import databuffer
 from siirl.data.batch import Batch, Ragged
 from siirl.data.databuffer import Spread, redistribute
 from siirl.data.transport import CollectiveTransport, SharedMemoryTransport, choose
@@ -166,3 +173,36 @@ def test_a_worker_needs_memory_for_its_own_share_only(world, transport: str) -> 
     for held, got, risen in world.run(peak_of_a_move, transport):
         # what it held is there before; with it, at most 2.2 times what goes out and comes in
         assert held + risen <= 2.2 * (held + got)
+
+
+def late(*arguments: Any, take: Callable[..., Any] = databuffer._take) -> Any:
+    time.sleep(0.05)
+    return take(*arguments)
+
+
+def moves_in_a_row(collectives) -> tuple[list[bool], int, int]:
+    """Whether the rows of each of five moves were right, and bytes of this worker's two shared memories.
+
+    One worker reads what came late, while the others are already about to send anew.
+    """
+    carrier = SharedMemoryTransport(collectives.inner)
+    right = []
+    for move in range(5):
+        ids = torch.arange(100) + 100 * collectives.rank
+        rows = [torch.full((64,), int(i) * 10 + move) for i in ids]
+        batch = Batch({"sample_id": ids, "group_id": ids, "slot": ids, "x": Ragged.from_lists(rows, torch.int64)})
+        turned = np.roll(np.arange(collectives.size), 1 + move % 2)[:, None]
+        with patch.object(databuffer, "_take", late) if collectives.rank == 1 else nullcontext():
+            done, _ = redistribute(
+                batch, collectives, fields=["x"], split="tokens", target=turned, equal=True, transport=carrier
+            )
+        values = done.ragged("x").values.view(-1, 64)
+        right.append(torch.equal(values, (done.dense("sample_id") * 10 + move)[:, None].expand(-1, 64)))
+    first, second = (os.fstat(memory._file).st_size for memory in carrier._own)
+    return right, first, second
+
+
+def test_moves_in_a_row_share_one_memory_and_do_not_overtake_a_slow_reader(world) -> None:
+    for right, first, second in world.run(moves_in_a_row):
+        assert right == [True] * 5
+        assert first > 0 and second == 0
