@@ -172,8 +172,8 @@ class NativeEngine:
             tokens_B, log_probs_B = draw(logits_BV, sampling, noise[sequence_B, place_B], forbidden)
             while self._aborts:
                 ids = self._aborts.popleft()
-                responses.aborted |= torch.tensor(True) if ids is None else torch.isin(sample_ids, ids)
-                waiting = [i for i in waiting if not responses.aborted[i * group_size : (i + 1) * group_size].all()]
+                aborted = responses.abort(torch.isin(sample_ids, sample_ids if ids is None else ids))
+                waiting = [i for i in waiting if not aborted[i * group_size : (i + 1) * group_size].all()]
             alive = responses.append(sequence_B, tokens_B.cpu(), log_probs_B.cpu(), self._eos(tokens_B, sampling))
             order = compact(alive)
             if len(order) < state.rows:
@@ -235,7 +235,7 @@ class _Responses:
     def __init__(self, count: int, sampling: Sampling, stop: Callable[[list[int]], bool] | None) -> None:
         shape = (count, sampling.max_new_tokens)
         self.lengths = torch.zeros(count, dtype=torch.int64)
-        self.aborted = torch.zeros(count, dtype=torch.bool)
+        self._aborted: Tensor | None = None
         self._tokens = torch.zeros(shape, dtype=torch.int64)
         self._log_probs = torch.zeros(shape, dtype=torch.float32)
         self._finish = torch.full((count,), LENGTH, dtype=torch.int8)
@@ -251,7 +251,13 @@ class _Responses:
             texts = [self._stop(self._tokens[s, : p + 1].tolist()) for s, p in zip(sequence_B, place, strict=True)]
             ended_B = ended_B | torch.tensor(texts)
         self._finish[sequence_B[ended_B]] = STOP
-        return ~ended_B & (place + 1 < self._tokens.shape[1]) & ~self.aborted[sequence_B]
+        alive_B = ~ended_B & (place + 1 < self._tokens.shape[1])
+        return alive_B if self._aborted is None else alive_B & ~self._aborted[sequence_B]
+
+    def abort(self, which: Tensor) -> Tensor:
+        """End responses at their next token; bool [count], those aborted so far."""
+        self._aborted = which if self._aborted is None else self._aborted | which
+        return self._aborted
 
     def completions(self, version: int) -> Completions:
         unfinished = (self._finish == LENGTH) & (self.lengths < self._tokens.shape[1])
