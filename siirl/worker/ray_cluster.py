@@ -126,7 +126,9 @@ def run_actors(group: PlacementGroup, directory: Path, config: Config, backend: 
     """Run ``config.workers`` workers in what is reserved; raises as `siirl.worker.processes.supervise` does."""
     options = {"num_cpus": 1, **backend.launcher_resources(1), "max_concurrency": 2}
     there = [PlacementGroupSchedulingStrategy(group, bundle) for bundle in range(config.workers)]
-    seats = [ray.remote(Seat).options(**options, scheduling_strategy=strategy).remote() for strategy in there]
+    seats: list[Any] = [
+        ray.remote(Seat).options(**options, scheduling_strategy=strategy).remote() for strategy in there
+    ]
     needed = (str(directory / "config.yaml"), os.getcwd())
     try:
         sites = ray.get([seat.look.remote(backend.name, needed) for seat in seats], timeout=config.timeout_s)
