@@ -2,11 +2,12 @@
 
     python benchmarks/validate_simulator.py [--json FILE] [--calibrate FILE.yaml]
 
-A small recipe runs with each number of workers, the same batch, one thread a worker, interleaved over some rounds. The
-cluster's facts come from runs with one worker, with the whole batch and with a quarter of it: the first gives what work
-costs, their difference what a pass costs whatever its size. How much two busy cores slow each other down comes from
-matrix products in one and in two processes. Runs with 2, 4 and 8 workers are then predicted, never looked at; what is
-compared is the ratio of a step's time to that of one worker.
+A small recipe runs with each number of workers, the same batch, one thread a worker, interleaved over some rounds.
+The cluster's facts come from runs with one worker, with the whole batch and with a quarter of it: the first gives
+what work costs, their difference what a pass costs whatever its size. How much two busy cores slow each other down
+comes from matrix products in one and in two processes, how fast messages are from collectives of two processes. Runs
+with 2, 4 and 8 workers are then predicted, never looked at; what is compared is the ratio of a step's time to that of
+one worker.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ RECIPE = {
 PROMPT_TOKENS = 5.0
 STAGES = {"rollout": "rollout", "reward": "reward", "old": "log_prob", "update": "update"}
 WORKERS = (1, 2, 4, 8)
+REDUCED = 8 * 2**20
 
 
 def measure(recipe: Path, workers: int, prompts: int, steps: int) -> dict[str, float]:
@@ -84,6 +86,41 @@ def _product_seconds(_: int) -> float:
             a @ b
         best = min(best, time.monotonic() - begun)
     return best
+
+
+def network() -> tuple[float, float]:
+    """Bytes per second of an all-reduce between two processes, and seconds of a gathering of few integers."""
+    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(2) as pool:
+        reduce_s, gather_s = map(
+            min, zip(*pool.starmap(_collective_seconds, [(r, folder) for r in (0, 1)]), strict=True)
+        )
+    # two members send half of the bytes twice; integers are gathered in two rounds of one message
+    return REDUCED / reduce_s, gather_s / 2
+
+
+def _collective_seconds(rank: int, folder: str) -> tuple[float, float]:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    large, small = torch.zeros(REDUCED // 4), torch.zeros(2, dtype=torch.int64)
+
+    def gather() -> None:
+        for _ in range(2):
+            dist.all_gather([torch.empty_like(small) for _ in range(2)], small)
+
+    found = []
+    for work in (lambda: dist.all_reduce(large), gather):
+        seconds = []
+        for _ in range(30):
+            dist.barrier()
+            begun = time.monotonic()
+            work()
+            seconds.append(time.monotonic() - begun)
+        found.append(sorted(seconds)[len(seconds) // 2])
+    dist.destroy_process_group()
+    return found[0], found[1]
 
 
 def predicted(job: Job) -> dict[str, float]:
@@ -159,6 +196,9 @@ def main() -> None:
                 print(run, {k: round(v, 3) for k, v in new.items()}, flush=True)
     base = load_cluster("local-2").model_copy(update={"devices_per_node": os.cpu_count() or 1})
     base = with_facts(base, device__contention=contention())
+    bandwidth, latency = network()
+    base.links.intra_node.bandwidth = bandwidth / base.sustained.network
+    base.links.intra_node.latency_s = latency
     lengths = Lengths.of(config, prompt=PROMPT_TOKENS)
     job = Job.of(config, base, 1, lengths)
     sizes = {p: _sized(job, p) for p in (full // 4, full)}

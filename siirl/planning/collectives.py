@@ -3,6 +3,7 @@
 An all-reduce of B bytes among n devices, m of them in each of k nodes, is a reduce-scatter within the node, an
 all-reduce of the m-th part between nodes, and an all-gather within the node, each a ring in bandwidth and a tree in
 latency (R. Thakur, R. Rabenseifner and W. Gropp, "Optimization of collective communication operations in MPICH", 2005).
+Where workers share the cores that carry their messages, these take turns as well.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def reduce_scatter(cluster: Cluster, group: Group, size: float, workers: int) ->
         link = links.inter_node
         seconds += (nodes - 1) / nodes * size / inside / (link.bandwidth * efficiency)
         seconds += link.latency_s * _rounds(nodes)
-    return seconds
+    return seconds * cluster.turns(workers)
 
 
 def all_reduce(cluster: Cluster, group: Group, size: float, workers: int) -> float:
@@ -56,7 +57,7 @@ def exchange(cluster: Cluster, group: Group, sent: float, messages: float, worke
     seconds = near * sent / (links.intra_node.bandwidth * efficiency)
     seconds += (1 - near) * sent / (links.inter_node.bandwidth * efficiency)
     link = links.intra_node if inside == group.size else links.inter_node
-    return seconds + link.latency_s * math.log2(1 + messages)
+    return (seconds + link.latency_s * math.log2(1 + messages)) * cluster.turns(workers)
 
 
 def gather_integers(cluster: Cluster, size: float, workers: int) -> float:
@@ -66,7 +67,7 @@ def gather_integers(cluster: Cluster, size: float, workers: int) -> float:
     here = cluster.workers_per_node(workers)
     if here >= workers:
         link = cluster.links.intra_node
-        return 2 * (workers - 1) * link.latency_s + size / link.bandwidth
+        return (2 * (workers - 1) * link.latency_s + size / link.bandwidth) * cluster.turns(workers)
     rate = cluster.host.nic_bandwidth * cluster.sustained.network / here
     return 2 * (workers - 1) * cluster.host.latency_s / here + size / rate
 
