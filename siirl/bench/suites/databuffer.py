@@ -1,7 +1,7 @@
 """Rows that change worker: `redistribute` against gathering every row on every worker and keeping one's own.
 
 What a worker holds at first has lengths that grow with its rank, so that about a third of the rows has to move. Both
-sides end with the same rows. GB/s counts the bytes that `redistribute` moves.
+sides end with the same rows. GB/s counts the bytes that `redistribute` moves, by the collectives and by shared memory.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from siirl.bench.world import World
 from siirl.data.balance import assign
 from siirl.data.batch import Batch, Ragged, offsets_of
 from siirl.data.databuffer import ID_COLUMNS, redistribute
+from siirl.data.transport import Kind, choose
 from siirl.device.backend import Backend
 from siirl.device.collectives import Collectives
 
@@ -26,10 +27,11 @@ FIELDS = ("prompt_ids", "response_ids", "rollout_log_probs", "advantages", "rewa
 
 
 class Redistribution:
-    """One worker's rows, and both ways to redistribute them."""
+    """One worker's rows, and both ways to redistribute them, the databuffer's over a kind of transport."""
 
-    def __init__(self, backend: Backend, collectives: Collectives) -> None:
+    def __init__(self, backend: Backend, collectives: Collectives, kind: Kind) -> None:
         self._backend, self._collectives = backend, collectives
+        self._transport = choose(kind, collectives)
         self._batch = rows_of(collectives.rank)
 
     def candidate(self) -> Batch:
@@ -59,7 +61,7 @@ class Redistribution:
         self.reference()
 
     def _redistribute(self):
-        return redistribute(self._batch, self._collectives, fields=FIELDS, split="tokens")
+        return redistribute(self._batch, self._collectives, fields=FIELDS, split="tokens", transport=self._transport)
 
     def _columns(self) -> dict[str, torch.Tensor | Ragged]:
         return {name: self._batch[name] for name in (*ID_COLUMNS, *FIELDS)}
@@ -86,10 +88,11 @@ def rows_of(rank: int) -> Batch:
     )
 
 
+@pytest.mark.parametrize("kind", ["collectives", "shared_memory"], ids=lambda kind: kind.replace("_", " "))
 @pytest.mark.parametrize("workers", [2, 4], ids=lambda size: f"{size} workers")
-def bench_redistribute(measure_wall: Measure, backend: Backend, workers: int) -> None:
+def bench_redistribute(measure_wall: Measure, backend: Backend, workers: int, kind: Kind) -> None:
     setting.need_devices(backend, workers)
-    with World(backend, workers, Redistribution) as world:
+    with World(backend, workers, Redistribution, kind) as world:
         found = total(world.call("counted"))
         measure_wall(
             lambda: world.call("run_candidate"),
