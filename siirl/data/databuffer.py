@@ -157,12 +157,8 @@ def redistribute(
     place = np.where(samples.home == before.share_of[rank], samples.local, -1)
     mine = np.flatnonzero(share == after.share_of[rank]) if after.share_of[rank] >= 0 else np.zeros(0, np.int64)
     kept = int((place[mine] >= 0).sum())
-    held, sent, received = [batch], 0, 0
-    for hop in _hops(samples, share, before, after) if samples.fields else ():
-        coming, arrived, bytes_out, bytes_in = _exchange(held, place, samples, hop, rank, workers, carrier)
-        place[coming] = sum(map(len, held)) + np.arange(len(coming))
-        held += arrived
-        sent, received = sent + bytes_out, received + bytes_in
+    hops = _hops(samples, share, before, after) if samples.fields else []
+    held, sent, received = _collect(batch, place, samples, hops, rank, workers, carrier)
     columns = _take(held, samples.names, place[mine]) if samples.fields else {}
     ids = {name: torch.from_numpy(samples.ids[name][mine]) for name in ID_COLUMNS}
     return Batch({**ids, **columns}), Moved(sent, received, kept, perf_counter() - start)
@@ -197,6 +193,19 @@ def _hops(samples: _Samples, share: Ints, before: Spread, after: Spread) -> list
         rows, column = np.nonzero(~has)
         hops.append(_Hop(rows, provider[rows], to[rows, column]))
     return hops
+
+
+def _collect(
+    batch: Batch, place: Ints, samples: _Samples, hops: Sequence[_Hop], rank: int, workers: int, transport: Transport
+) -> tuple[list[Batch], int, int]:
+    """Carry out the hops: the rows held before and what came, with ``place`` brought up to date; bytes out and in."""
+    held, sent, received = [batch], 0, 0
+    for hop in hops:
+        coming, arrived, bytes_out, bytes_in = _exchange(held, place, samples, hop, rank, workers, transport)
+        place[coming] = sum(map(len, held)) + np.arange(len(coming))
+        held += arrived
+        sent, received = sent + bytes_out, received + bytes_in
+    return held, sent, received
 
 
 def _exchange(
