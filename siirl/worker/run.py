@@ -27,7 +27,7 @@ from siirl.data.sources import open_source, split
 from siirl.data.transport import choose as choose_transport
 from siirl.device.backend import Backend, RngState
 from siirl.device.collectives import Collectives
-from siirl.errors import SiirlError
+from siirl.errors import RequestError, SiirlError
 from siirl.model.export import save_pretrained
 from siirl.rewards.pool import RewardPool
 from siirl.rewards.registry import choose
@@ -284,7 +284,7 @@ class RunWorker:
             if self._place.disaggregated:
                 state |= {"generating": list(self._place.rollout)}
             else:
-                state |= {"loader": context.loader.state_dict()}
+                state |= {"loader": context.loader.state_dict(), "leftovers": context.pool is not None}
             worker = {"rng": self._backend.rng_state().to_json()} | ({} if ahead is None else ahead.to_json())
             held = None if context.pool is None else context.pool.state()
             store.save(
@@ -302,6 +302,7 @@ class RunWorker:
 
     def _restore(self, state: dict[str, Any], context: Context) -> None:
         assert self._checkpoint is not None
+        _check_leftovers(state, context)
         self._models.reloadable_reference = not state["own_reference"]
         if self._role != "rollout":
             store.load_tensors(self._checkpoint, self._models.tensors(), self._collectives)
@@ -350,6 +351,14 @@ class RunWorker:
         if self._world.rank == 0:
             save_pretrained(self._models.decoder, self._models.tokenizer, self._run_dir / "model", state_dict=weights)
         self._world.barrier()
+
+
+def _check_leftovers(state: dict[str, Any], context: Context) -> None:
+    """Refuse to go on where rows that the checkpoint holds for later steps would be lost."""
+    if context.pool is None and state.get("leftovers"):
+        raise RequestError("the checkpoint holds groups for later steps, and this pipeline has no dynamic_sampling")
+    if context.pool is not None and "generating" in state:
+        raise RequestError("the checkpoint is of a disaggregated placement, which dynamic_sampling cannot go on from")
 
 
 def run_worker(resolved: Resolved, run_dir: Path, backend: Backend, place: Place, resume: bool) -> int:

@@ -128,6 +128,21 @@ def test_leftovers_find_a_worker_when_their_number_changes(
 
 
 @pytest.mark.slow
+def test_a_checkpoint_whose_rows_would_be_lost_or_misread_is_refused(recipe: Path, tmp_path: Path) -> None:
+    run, apart = tmp_path / "run", tmp_path / "apart"
+    runs.run(recipe, run, *USUAL, "training.steps=2", "--workers", "2")
+    waiting = leftovers(last_checkpoint(run))
+    assert waiting
+    said = runs.run(recipe, run, *USUAL, "pipeline=grpo", "--workers", "2", "--resume", status=2)
+    assert "holds groups for later steps, and this pipeline has no dynamic_sampling" in said
+    assert said.count("\n") == 1 and leftovers(last_checkpoint(run)) == waiting
+    ahead = ("pipeline=grpo", "placement=disaggregated", "rollout.max_staleness=1")
+    runs.run(recipe, apart, *SGD, *ahead, "training.steps=2", "--workers", "2")
+    said = runs.run(recipe, apart, *USUAL, "--workers", "2", "--resume", status=2)
+    assert "is of a disaggregated placement" in said and said.count("\n") == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_the_account_finds_leftovers_that_were_dropped(workers: int, tmp_path: Path) -> None:
     broken = sampled_runs.write_recipe(tmp_path, leftovers_lost=True)
