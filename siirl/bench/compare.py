@@ -26,6 +26,8 @@ class Comparison:
         gone: full names of benchmarks that the record has and the run does not.
         new: full names of those that only the run has.
         compared: benchmarks that both have.
+        crowded: those among them in which processes took turns on the cores, in the run or in the record: of them
+            counters were compared, and no times.
         unjudged: those among them whose reference ran at another speed than in the record, so that the machine and not
             the code may have changed: their absolute times were left alone.
         notes: what was not compared, and why.
@@ -37,6 +39,7 @@ class Comparison:
     gone: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
     compared: int = 0
+    crowded: int = 0
     unjudged: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -97,6 +100,9 @@ def _times(found: Comparison, name: str, now: Benchmark, before: Benchmark, tole
 
     The ratio has grown if the least that a third of the pairs shows is above the most that a third showed before.
     """
+    if now["extra_info"].get("crowded") or before["extra_info"].get("crowded"):
+        found.crowded += 1
+        return
     ratio, ratio_before = now["extra_info"]["ratio"], before["extra_info"]["ratio"]
     growth = now["extra_info"]["ratio_low"] / before["extra_info"]["ratio_high"]
     if ratio > ratio_before * (1 + tolerance):

@@ -76,6 +76,7 @@ class Measure:
         against: str,
         pairs: int = PAIRS,
         counted: Callable[[], Counted] | None = None,
+        crowded: bool = False,
     ) -> None:
         """Count the candidate's work, then time it in turns with the reference.
 
@@ -85,6 +86,7 @@ class Measure:
             against: what the reference is, in a few words.
             pairs: rounds of each side.
             counted: counts in place of a call of the candidate in this process.
+            crowded: more processes compute than there are cores, so that the times are the scheduler's too: shown only.
         """
         candidate()
         reference()
@@ -105,6 +107,7 @@ class Measure:
             "ratio": self._benchmark.stats.stats.min / min(other.seconds),
             "ratio_low": min(parts),
             "ratio_high": max(parts),
+            "crowded": crowded,
             "counters": found.counters,
             "ops": found.ops,
         }

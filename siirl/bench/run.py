@@ -151,6 +151,8 @@ def _tell(comparison: Comparison, record: Path, tolerance: float, echo: Callable
         say(f"{record.name}: {note}")
     if comparison.new:
         say(f"new, compared with nothing: {', '.join(comparison.new)}")
+    if comparison.crowded:
+        say(f"{comparison.crowded} benchmarks have more workers than cores: counters were compared, and no times")
     if comparison.unjudged:
         say(
             f"{comparison.unjudged} references ran at another speed than in the record: the machine changed, so of "

@@ -9,6 +9,7 @@ from torch import Tensor
 from siirl.config.schema import Config
 from siirl.data.batch import Batch, Ragged, offsets_of
 from siirl.device.backend import Backend
+from siirl.device.host import usable_cores
 from siirl.model.decoder import Decoder
 from siirl.model.load import load_model
 
@@ -21,6 +22,11 @@ def need_devices(backend: Backend, workers: int) -> None:
     count = backend.probe().count
     if backend.is_accelerator() and count < workers:
         pytest.skip(f"{workers} workers need {workers} devices, {count} found")
+
+
+def crowded(backend: Backend, workers: int) -> bool:
+    """Whether the workers have to take turns on the host's cores."""
+    return not backend.is_accelerator() and workers > usable_cores()
 
 
 def decoder(backend: Backend, path: str = MODEL) -> Decoder:

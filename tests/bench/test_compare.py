@@ -97,3 +97,13 @@ def test_commits_are_what_is_compared() -> None:
     found = judge(document(2.0, commit="1"), document())
     assert found.notes == []
     assert len(found.regressions) == 1
+
+
+@pytest.mark.parametrize("where", ["now", "before"])
+def test_where_processes_take_turns_on_the_cores_counters_are_judged_and_no_times(where: str) -> None:
+    slow, before = document(2.0, counters={"op_calls": 6}), document()
+    (slow if where == "now" else before)["benchmarks"][0]["extra_info"]["crowded"] = True
+    found = judge(slow, before)
+    assert (found.crowded, found.times, found.suspects) == (1, [], [])
+    assert found.counters == ["suite: work: op_calls 5 → 6"]
+    assert judge(document(2.0), document()).times != []

@@ -100,4 +100,5 @@ def bench_redistribute(measure_wall: Measure, backend: Backend, workers: int, ki
             Rate(found.counters["moved_bytes"], "bytes"),
             against="every row gathered on every worker",
             counted=lambda: found,
+            crowded=setting.crowded(backend, workers),
         )
