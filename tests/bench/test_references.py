@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from siirl.bench.suites.databuffer import Redistribution
 from siirl.bench.suites.sync_weights import MODEL, Sync
 from siirl.bench.world import World
 from siirl.data.batch import Batch
+from siirl.data.transport import Kind
 from siirl.device import select
 from siirl.device.backend import Backend
 from siirl.device.collectives import Collectives
@@ -93,8 +94,9 @@ def test_a_plain_update_has_the_engines_loss_and_weights(backend: Backend) -> No
         assert moved.float().mean() < 0.01, name
 
 
-def test_gathering_everything_gives_the_databuffers_rows(backend: Backend) -> None:
-    with World(backend, 2, Redistribution) as world:
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_gathering_everything_gives_the_databuffers_rows(backend: Backend, kind: Kind) -> None:
+    with World(backend, 2, Redistribution, kind) as world:
         for one, other in zip(world.call("candidate"), world.call("reference"), strict=True):
             assert isinstance(one, Batch)
             assert one.equals(other.take(other.dense("sample_id").argsort()))
