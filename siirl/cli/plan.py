@@ -74,7 +74,8 @@ def plan(
     for number, stage in enumerate(stages):
         found = None if place is None else _found(stage, place, lengths, search)
         if as_json:
-            _print_json(stage, found, number)
+            hosts = None if place is None else place.hosts(stage.config.workers)
+            _print_json(stage, found, hosts, number)
         elif found is None:
             _print_plan(stage)
         else:
@@ -143,7 +144,7 @@ def _print_plan(stage: Stage) -> None:
         print_table(table.title, COLUMNS, rows)
 
 
-def _print_json(stage: Stage, found: _Found | None, number: int) -> None:
+def _print_json(stage: Stage, found: _Found | None, hosts: list[int] | None, number: int) -> None:
     """Write one stage of the list; the plans one by one, for there may be thousands."""
     from siirl.dag import Graph, all_plans_json, batch_table, check_batch, plan_roles
 
@@ -157,13 +158,13 @@ def _print_json(stage: Stage, found: _Found | None, number: int) -> None:
             {"keys": candidate.overrides, "estimate": candidate.estimate.to_dict()} for candidate in found.candidates
         ]
     click.echo(f'{"," if number else ""}\n{json.dumps(described)[:-1]}, "plans": ', nl=False)
-    for piece in all_plans_json(plan_roles(graph, stage.config, count)):
+    for piece in all_plans_json(plan_roles(graph, stage.config, count, hosts)):
         click.echo(piece, nl=False)
     click.echo("}", nl=False)
 
 
 def _narrow(row: dict[str, str]) -> tuple[str, ...]:
     """A row of `describe` with what it reads, writes, moves and frees in one column, to fit a terminal."""
-    step, op = (row["op"], "") if row["op"] in ("redistribute", "drop") else (row["step"], row["op"])
+    step, op = (row["op"], row["by"]) if row["op"] in ("redistribute", "drop") else (row["step"], row["op"])
     fields = row["moves or frees"] or " → ".join(filter(None, [row["reads"], row["writes"]]))
     return row["#"], step, op if op != step else "", row["model"], row["layout"], fields, row["when"]

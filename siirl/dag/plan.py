@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Split = Literal["groups", "tokens"]
 Role = Literal["all", "rollout", "training"]
+TransportName = Literal["collectives", "shared_memory"]
 
 ENGINE_DEGREES: dict[str, tuple[str, ...]] = {
     "fsdp": (),
@@ -72,9 +73,9 @@ class Step:
     """One step of a worker.
 
     `node` runs an op, in the layout `target`. `redistribute` moves the rows from `source` to `target` and takes the
-    columns `fields` along, which are all that is read afterwards; meanwhile the next `overlaps` steps run on the rows
-    as they lay. `drop` frees the columns `fields`. A column whose node was not due is absent: both leave it out. `role`
-    says which workers have the step in their plans.
+    columns `fields` along, which are all that is read afterwards, by `transport`; meanwhile the next `overlaps` steps
+    run on the rows as they lay. `drop` frees the columns `fields`. A column whose node was not due is absent: both
+    leave it out. `role` says which workers have the step in their plans.
     """
 
     kind: Literal["node", "redistribute", "drop"]
@@ -90,6 +91,7 @@ class Step:
     source: Layout | None = None
     target: Layout | None = None
     overlaps: int = 0
+    transport: TransportName | None = None
     role: Role = "all"
 
     def to_dict(self) -> dict[str, Any]:
@@ -179,7 +181,7 @@ def describe_all(plan: WorkerPlan, ranks: range) -> Table:
 
 
 def _table(first: WorkerPlan, alike: Sequence[int]) -> Table:
-    columns = ("#", "step", "op", "model", "layout", "reads", "writes", "moves or frees", "when")
+    columns = ("#", "step", "op", "model", "layout", "reads", "writes", "moves or frees", "by", "when")
     return Table(_title(first, alike), columns, _rows(first.steps))
 
 
@@ -215,6 +217,7 @@ def _rows(steps: Sequence[Step]) -> tuple[tuple[str, ...], ...]:
                 _mapping(step.reads),
                 _mapping(step.writes),
                 ", ".join(step.fields),
+                (step.transport or "").replace("_", " "),
                 " and ".join(str(condition) for condition in conditions),
             )
         )

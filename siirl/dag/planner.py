@@ -7,14 +7,15 @@ A pure function: every worker computes its own plan and all of them agree. After
 3. inserts a `redistribute` where the layout changes;
 4. walks backwards to find where each column is read last: redistribution takes along only what is still read, and a
    `drop` follows the last reader;
-5. lets nodes that only look at the rows run while these move.
+5. lets nodes that only look at the rows run while these move;
+6. chooses how rows travel: through shared memory where all workers among whom they move are on one host.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -26,27 +27,30 @@ from siirl.dag.ops import ROW_IDS, find_op
 from siirl.dag.plan import Layout, Placement, Role, Step, WorkerPlan, rollout_layout, training_layout
 from siirl.errors import RequestError
 
+Hosts = Sequence[int] | None
+"""The number of each worker's host, by rank; None: all are on one."""
 
-def plan(graph: Graph, config: Config, workers: int) -> list[WorkerPlan]:
+
+def plan(graph: Graph, config: Config, workers: int, hosts: Hosts = None) -> list[WorkerPlan]:
     """Every worker's plan, by rank. Raises like `plan_worker`."""
-    return [replace(plan, rank=rank) for plan, ranks in plan_roles(graph, config, workers) for rank in ranks]
+    return [replace(plan, rank=rank) for plan, ranks in plan_roles(graph, config, workers, hosts) for rank in ranks]
 
 
-def plan_roles(graph: Graph, config: Config, workers: int) -> list[tuple[WorkerPlan, range]]:
+def plan_roles(graph: Graph, config: Config, workers: int, hosts: Hosts = None) -> list[tuple[WorkerPlan, range]]:
     """The distinct plans, each with the ranks that run it. Raises like `plan_worker`."""
-    steps, _ = plan_steps(graph, config, workers)
+    steps, _ = plan_steps(graph, config, workers, hosts)
     roles = Placement.of(config, workers).roles()
     return [(_of_role(steps, role, ranks[0], workers, graph.name), ranks) for role, ranks in roles]
 
 
-def plan_worker(graph: Graph, config: Config, workers: int, rank: int) -> WorkerPlan:
+def plan_worker(graph: Graph, config: Config, workers: int, rank: int, hosts: Hosts = None) -> WorkerPlan:
     """The plan of worker ``rank`` of ``workers``.
 
     Raises:
         RequestError: the pipeline cannot work; ``FILE:LINE: node 'x': what is wrong``.
     """
     assert 0 <= rank < workers, f"rank {rank} of {workers} workers"
-    steps, _ = plan_steps(graph, config, workers)
+    steps, _ = plan_steps(graph, config, workers, hosts)
     return _of_role(steps, Placement.of(config, workers).role(rank), rank, workers, graph.name)
 
 
@@ -59,7 +63,9 @@ def _models(steps: Iterable[Step]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(step.model for step in steps if step.model is not None))
 
 
-def plan_steps(graph: Graph, config: Config, workers: int) -> tuple[tuple[Step, ...], tuple[str, ...]]:
+def plan_steps(
+    graph: Graph, config: Config, workers: int, hosts: Hosts = None
+) -> tuple[tuple[Step, ...], tuple[str, ...]]:
     """All steps and models of a pipeline: those of every worker, or of each role in a disaggregated placement."""
     check_nodes(graph)
     live, dropped = select(graph, config)
@@ -76,7 +82,7 @@ def plan_steps(graph: Graph, config: Config, workers: int) -> tuple[tuple[Step, 
         steps = _assemble(items, layouts, roles, moving=False)
     elif config.data.overlap and not place.disaggregated:
         steps = _overlap(steps)
-    return tuple(steps), _models(steps)
+    return tuple(_with_transport(step, config, hosts) for step in steps), _models(steps)
 
 
 def _connect(live: dict[str, Live], dropped: dict[str, Dropped]) -> dict[str, set[str]]:
@@ -338,6 +344,20 @@ def _overlap(steps: list[Step]) -> list[Step]:
             first += 1
         result[first : index + 1] = [replace(step, overlaps=index - first), *result[first:index]]
     return result
+
+
+def _with_transport(step: Step, config: Config, hosts: Hosts) -> Step:
+    """A `redistribute` with the way its rows travel. Raises RequestError where shared memory does not reach."""
+    if step.kind != "redistribute":
+        return step
+    assert step.source is not None and step.target is not None
+    wanted, among = config.data.transport, {*step.source.ranks, *step.target.ranks}
+    count = 1 if hosts is None else len({hosts[rank] for rank in among})
+    if wanted == "shared_memory" and count > 1:
+        raise RequestError(
+            f"data.transport is shared_memory, but rows move among workers of {count} hosts ({step.id}); set it to auto"
+        )
+    return replace(step, transport="shared_memory" if wanted != "collectives" and count == 1 else "collectives")
 
 
 def _observes(step: Step) -> bool:

@@ -1,6 +1,6 @@
 """How bytes get from worker to worker: by the back end's collectives, or through memory that workers of one host share.
 
-Both give the same bytes. `choose` decides for all workers alike.
+Both give the same bytes. The planner chooses between them.
 """
 
 from __future__ import annotations
@@ -9,19 +9,17 @@ import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from siirl.data.partition import Ints
-from siirl.errors import RequestError
 
 if TYPE_CHECKING:
+    from siirl.dag.plan import TransportName
     from siirl.device.collectives import Collectives
-
-Kind = Literal["auto", "collectives", "shared_memory"]
 
 _PAGE = 1 << 21
 
@@ -143,21 +141,33 @@ class _Memory:
         return self._mapped[start : start + size]
 
 
-def choose(kind: Kind, collectives: Collectives) -> Transport:
-    """The transport of a run: shared memory where all workers are processes of one host that can see each other.
+class Transports:
+    """The transports of a group of workers; all of them ask for the same ones in the same order."""
 
-    Raises:
-        RequestError: shared memory was asked for, and the workers do not share a host.
-    """
-    if kind == "collectives" or collectives.size == 1:
+    def __init__(self, collectives: Collectives) -> None:
+        self.collectives = collectives
+        self._open: dict[TransportName, Transport] = {}
+
+    def __getitem__(self, name: TransportName) -> Transport:
+        if name not in self._open:
+            self._open[name] = open_transport(name, self.collectives)
+        return self._open[name]
+
+
+def open_transport(name: TransportName, collectives: Collectives) -> Transport:
+    """The transport of that name among all workers of ``collectives``, who are on one host if it is shared memory."""
+    if name == "collectives":
         return CollectiveTransport(collectives, compresses=True)
-    places = collectives.all_gather_bytes(_place())
-    together = len(set(places)) == 1 and places[0] != b""
-    if together:
-        return SharedMemoryTransport(collectives)
-    if kind == "shared_memory":
-        raise RequestError("data.transport is shared_memory, but the workers are not all on one host; set it to auto")
-    return CollectiveTransport(collectives, compresses=True)
+    return SharedMemoryTransport(collectives)
+
+
+def hosts(collectives: Collectives) -> list[int]:
+    """The number of each worker's host, by rank. A host is here a set of processes that can share memory."""
+    numbers: dict[bytes, int] = {}
+    return [
+        numbers.setdefault(place or str(rank).encode(), len(numbers))
+        for rank, place in enumerate(collectives.all_gather_bytes(_place()))
+    ]
 
 
 def _place() -> bytes:

@@ -90,6 +90,10 @@ class Cluster(Section):
         """Workers on a node that is full; beyond the devices only where they share them."""
         return max(min(workers, self.devices_per_node), -(-workers // self.nodes))
 
+    def hosts(self, workers: int) -> list[int]:
+        """The number of each worker's node, by rank."""
+        return [rank // self.workers_per_node(workers) for rank in range(workers)]
+
     def turns(self, workers: int) -> float:
         """How many workers take turns on a device that also carries their messages, as a host's cores do; else 1."""
         return max(1.0, self.workers_per_node(workers) / self.devices_per_node) if self.device.unified else 1.0

@@ -55,19 +55,20 @@ class Job:
         check_batch(config, workers, graph)
         if config.placement != "colocated":
             raise RequestError("the cost model knows placement=colocated only; set it to plan on a cluster")
-        steps, models = plan_steps(graph, config, workers)
+        grown = cluster.grown(workers)
+        steps, models = plan_steps(graph, config, workers, grown.hosts(workers))
         paths = {"actor": model.path, "reference": model.reference or model.path, "critic": model.critic or model.path}
         keys = {"actor": "model.path", "reference": "model.reference", "critic": "model.critic"}
         shapes = {name: find_shape(paths[name], keys[name]) for name in dict.fromkeys(("actor", *models))}
         expected = lengths or Lengths.of(config)
-        return cls(config, cluster.grown(workers), expected, workers, steps, models, shapes, graph)
+        return cls(config, grown, expected, workers, steps, models, shapes, graph)
 
     def changed(self, config: Config, workers: int | None = None) -> Job:
         """The same with other degrees, sizes or workers; model and pipeline stay. Raises as `of`."""
         count = self.workers if workers is None else workers
         check_batch(config, count, self.graph)
-        steps, models = plan_steps(self.graph, config, count)
         cluster = self.cluster.grown(count)
+        steps, models = plan_steps(self.graph, config, count, cluster.hosts(count))
         return replace(self, config=config, workers=count, cluster=cluster, steps=steps, models=models)
 
     @property

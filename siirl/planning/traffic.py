@@ -42,13 +42,13 @@ class Moved:
     staged: float
 
 
-def column_bytes(job: Job, column: str) -> float:
-    """Mean bytes of one row's column as it travels: integers in the narrowest type that holds them."""
+def column_bytes(job: Job, column: str, narrow: bool = True) -> float:
+    """Mean bytes of one row's column as it travels: integers in the narrowest type that holds them, or as int64."""
     formal = _formals(job.steps).get(column, column)
     if formal in _TOKENS:
         tokens = job.lengths.prompt if formal == "prompt_ids" else job.lengths.mean_response
         vocabulary = job.actor.vocab_size
-        return tokens * (1 if vocabulary <= 2**8 else 2 if vocabulary <= 2**15 else 4)
+        return tokens * (8 if not narrow else 1 if vocabulary <= 2**8 else 2 if vocabulary <= 2**15 else 4)
     if formal in _PER_TOKEN:
         return 4 * job.lengths.mean_response
     return 0.0 if column in IDS else _DENSE.get(formal, _OTHER)
@@ -69,7 +69,7 @@ def padded_bytes(job: Job, column: str) -> float:
 def moved_bytes(job: Job, step: Step) -> Moved:
     """What a redistribution moves."""
     assert step.source is not None and step.target is not None
-    row = sum(column_bytes(job, column) for column in step.fields)
+    row = sum(column_bytes(job, column, narrow=step.transport == "collectives") for column in step.fields)
     samples = job.config.data.prompts_per_step * job.group
     source, target = step.source, step.target
     inner_before, inner_after = (layout.workers // layout.data for layout in (source, target))
@@ -88,8 +88,7 @@ def moved_bytes(job: Job, step: Step) -> Moved:
 def batch_bytes(job: Job) -> float:
     """A worker's own rows with all columns of the plan, unpacked (ids as int64)."""
     columns = {column for step in job.steps for column in step.writes.values()}
-    wide = {"prompt_ids": 8 * job.lengths.prompt, "response_ids": 8 * job.lengths.mean_response}
-    row = sum(wide.get(c, 8.0 if c in IDS else column_bytes(job, c)) for c in columns)
+    row = sum(8.0 if c in IDS else column_bytes(job, c, narrow=False) for c in columns)
     return row * job.config.data.prompts_per_step * job.group / min(job.rollout.data, job.training.data)
 
 

@@ -15,7 +15,7 @@ from siirl.data.batch import Batch, Column
 from siirl.data.dataloader import DistributedDataloader, Item
 from siirl.data.dynamic_sampling import GroupPool
 from siirl.data.prompts import PromptReader
-from siirl.data.transport import Transport
+from siirl.data.transport import Transports
 from siirl.device.backend import Backend
 from siirl.device.collectives import Collectives
 from siirl.rewards.pool import RewardPool
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 class Context:
     """One worker's view of a stage.
 
-    ``collectives`` and ``transport`` are of the workers that share this one's role, ``world`` and ``world_transport``
-    of all; where every worker does everything they are the same. ``moving`` are collectives of all workers once more,
-    on which rows travel while a node uses the others. ``step`` counts from 1; ``policy_version`` is the
-    number of steps that the rollout engine's weights have seen; ``rollout_seed`` differs by stage, for sample ids
+    ``collectives`` and ``transports`` are of the workers that share this one's role, ``world`` and
+    ``world_transports`` of all. Rows that travel while a node uses the collectives of all workers travel on others of
+    their own. ``step`` counts from 1; ``policy_version`` is the number of steps that the rollout engine's weights
+    have seen; ``rollout_seed`` differs by stage, for sample ids
     begin anew in each. ``pool`` is there where the pipeline has a node with ``op: dynamic_sampling``.
     """
 
@@ -41,10 +41,9 @@ class Context:
     run_dir: Path
     backend: Backend
     collectives: Collectives
-    transport: Transport
+    transports: Transports
     world: Collectives
-    world_transport: Transport
-    moving: Collectives
+    world_transports: Transports
     models: Models
     loader: DistributedDataloader
     reader: PromptReader

@@ -14,6 +14,7 @@ from siirl.dag.ops import find_op, python_target
 from siirl.dag.plan import Step, WorkerPlan, due
 from siirl.data.batch import Batch, Column
 from siirl.data.databuffer import redistribute
+from siirl.data.transport import Transports
 from siirl.errors import SiirlError
 from siirl.telemetry.accumulator import StepMetrics
 from siirl.telemetry.trace import Tracer
@@ -54,6 +55,9 @@ class DagWorker:
             for place, step in enumerate(plan.steps)
             if step.op in _TRAINING
         }
+        for step in plan.steps:
+            if step.transport is not None:
+                self._transports(step)[step.transport]  # opened here, by all alike, and in no step's time
 
     def run_step(self, number: int) -> None:
         """Run the pipeline once."""
@@ -117,22 +121,25 @@ class DagWorker:
 
     def redistribute(self, step: Step, batch: Batch, metrics: StepMetrics) -> Batch:
         """Move the rows as a step says, among the workers that have it in their plans."""
-        context, config = self._context, self._context.config
-        assert step.source is not None and step.target is not None
-        everybody = step.role == "all"
+        config = self._context.config
+        assert step.source is not None and step.target is not None and step.transport is not None
+        transports = self._transports(step)
         slots = batch.dense("slot") if "slot" in batch else torch.empty(0, dtype=torch.int64)
         batch, moved = redistribute(
             batch,
-            context.moving if everybody else context.collectives,
+            transports.collectives,
             fields=[name for name in step.fields if name in batch and name not in _IDS],
             split=step.target.split,
             strata=mini_batch_index(slots, config.data.prompts_per_step, config.algorithm.mini_batches),
             source=np.array(step.source.shares()),
             target=np.array(step.target.shares()),
-            transport=context.world_transport if everybody else context.transport,
+            transport=transports[step.transport],
         )
         metrics.sum("data/redistributed_bytes", moved.bytes_sent)
         return batch
+
+    def _transports(self, step: Step) -> Transports:
+        return self._context.world_transports if step.role == "all" else self._context.transports
 
     def _view(self, step: Step, batch: Batch) -> Batch:
         """The columns a node reads, under the names its op knows them by, and the rows' ids."""

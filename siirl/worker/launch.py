@@ -21,8 +21,8 @@ from siirl.algorithms.registry import check_names
 from siirl.config.loader import Resolved, Stage, dump
 from siirl.config.schema import Config
 from siirl.dag.graph import Graph
-from siirl.dag.plan import Table, all_plans_json, batch_table, check_batch
-from siirl.dag.planner import plan_roles, plan_steps
+from siirl.dag.plan import Table, batch_table, check_batch
+from siirl.dag.planner import plan_steps
 from siirl.data.sources import open_source, split
 from siirl.device import resolve, select
 from siirl.device.backend import Backend
@@ -123,20 +123,6 @@ def _with(resolved: Resolved, device: str | None, workers: int | None) -> Resolv
     return Resolved(resolved.path, tuple(stages))
 
 
-def _describe(resolved: Resolved, directory: Path) -> None:
-    """Write the configuration and every worker's plan."""
-    (directory / "config.yaml").write_text(dump(resolved))
-    main = resolved.main
-    with (directory / "plan.json").open("w") as file:
-        file.write(f'{{"workers": {main.workers}, "pipeline": {json.dumps(main.pipeline)}, "stages": [')
-        for number, stage in enumerate(resolved.stages):
-            plans = plan_roles(Graph.from_yaml(stage.config.pipeline), stage.config, stage.config.workers)
-            file.write(f'{"," if number else ""}\n{{"stage": {json.dumps(stage.name)}, "plans": ')
-            file.writelines(all_plans_json(plans))
-            file.write("}")
-        file.write("]}\n")
-
-
 def _print_tables(resolved: Resolved, stream: TextIO) -> None:
     for stage in resolved.stages:
         table = batch_table(stage.config, stage.config.workers, Graph.from_yaml(stage.config.pipeline))
@@ -159,7 +145,7 @@ def _finish(
     config = resolved.main
     directory = directories.choose(config, run_dir, resume)
     with directories.lock(directory):
-        _describe(resolved, directory)
+        (directory / "config.yaml").write_text(dump(resolved))
         _print_tables(resolved, stream)
         steps = {stage.name: stage.config.training.steps for stage in resolved.stages}
         started = time.perf_counter()

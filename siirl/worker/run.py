@@ -18,13 +18,13 @@ from siirl.algorithms.kl import kl_controller
 from siirl.checkpoint import store
 from siirl.config.loader import Resolved, Stage
 from siirl.dag.graph import Graph
-from siirl.dag.plan import Placement
+from siirl.dag.plan import Placement, WorkerPlan
 from siirl.dag.planner import plan_worker
 from siirl.data.dataloader import DistributedDataloader, Item
 from siirl.data.dynamic_sampling import GroupPool
 from siirl.data.prompts import PromptReader
 from siirl.data.sources import open_source, split
-from siirl.data.transport import choose as choose_transport
+from siirl.data.transport import Transports, hosts
 from siirl.device.backend import Backend, RngState
 from siirl.device.collectives import Collectives
 from siirl.errors import RequestError, SiirlError
@@ -34,6 +34,7 @@ from siirl.rewards.registry import choose
 from siirl.telemetry.accumulator import StepMetrics
 from siirl.telemetry.metrics import MetricsWriter, TensorBoardWriter
 from siirl.telemetry.trace import Tracer
+from siirl.worker import run_dir as directories
 from siirl.worker.context import Context
 from siirl.worker.dag_worker import DagWorker
 from siirl.worker.models import Models
@@ -89,16 +90,16 @@ class RunWorker:
         self._role = self._place.role(world.rank)
         self._collectives, self._link = self._groups()
         backend.seed(config.seed)
+        self._plans = self._plan()
         log.info("kernels: %s", bind(backend.kernel_order()))
         self._models = Models(config, backend, self._collectives, self._role)
         # rows have a group of their own where a node may use the workers' at the same time
         overlaps = config.data.overlap and not self._place.disaggregated and world.size > 1
         moving = world.subgroup(range(world.size)) if overlaps else world
         assert moving is not None
-        self._moving = moving
-        self._world_transport = self._transport = choose_transport(config.data.transport, moving)
+        self._world_transports = self._transports = Transports(moving)
         if self._place.disaggregated:
-            self._transport = choose_transport(config.data.transport, self._collectives)
+            self._transports = Transports(self._collectives)
         self._sender, self._receiver = self._weights_link()
         self._tracer = Tracer(run_dir, world.rank, enabled=config.logging.trace)
         saved = store.checkpoints(run_dir) if resume else []
@@ -106,6 +107,17 @@ class RunWorker:
         self._state = store.load_state(self._checkpoint) if self._checkpoint else None
         self._ahead: list[Produced] = []
         self._writers = self._open_writers(config.logging.tensorboard) if world.rank == 0 else []
+
+    def _plan(self) -> list[WorkerPlan]:
+        """This worker's plan of each stage; worker 0 also writes those of all."""
+        world, where = self._world, hosts(self._world)
+        plans = [
+            plan_worker(Graph.from_yaml(stage.config.pipeline), stage.config, world.size, world.rank, where)
+            for stage in self._resolved.stages
+        ]
+        if world.rank == 0:
+            directories.write_plans(self._resolved, self._run_dir, where)
+        return plans
 
     def _groups(self) -> tuple[Collectives, Collectives | None]:
         """The workers with this one's role; training worker 0 with those that generate, where this one is of them."""
@@ -192,8 +204,7 @@ class RunWorker:
     def open_stage(self, index: int) -> Iterator[tuple[DagWorker, Context, int]]:
         """A stage with its models and reward processes: what runs its steps, what they use, how many are done."""
         stage = self._resolved.stages[index]
-        config = stage.config
-        plan = plan_worker(Graph.from_yaml(config.pipeline), config, self._world.size, self._world.rank)
+        config, plan = stage.config, self._plans[index]
         context = self._context(index, stage)
         if any(step.op == "dynamic_sampling" for step in plan.steps):
             algorithm = config.algorithm
@@ -230,10 +241,9 @@ class RunWorker:
             run_dir=self._run_dir,
             backend=self._backend,
             collectives=self._collectives,
-            transport=self._transport,
+            transports=self._transports,
             world=self._world,
-            world_transport=self._world_transport,
-            moving=self._moving,
+            world_transports=self._world_transports,
             models=models,
             loader=DistributedDataloader(
                 train, config.data.prompts_per_step, rank, workers, config.seed, config.data.shuffle

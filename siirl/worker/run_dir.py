@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from siirl.config.loader import Resolved
 from siirl.config.schema import Config
+from siirl.dag.graph import Graph
+from siirl.dag.plan import all_plans_json
+from siirl.dag.planner import plan_roles
 from siirl.errors import RequestError
 
 
@@ -56,3 +61,16 @@ def lock(directory: Path) -> Iterator[None]:
                 f"another run is writing to {directory}; wait for it or choose another --run-dir"
             ) from error
         yield
+
+
+def write_plans(resolved: Resolved, directory: Path, hosts: Sequence[int]) -> None:
+    """Write every worker's plan, stage by stage; ``hosts`` are the numbers of the workers' hosts."""
+    with (directory / "plan.json").open("w") as file:
+        pipeline = json.dumps(resolved.main.pipeline)
+        file.write(f'{{"workers": {len(hosts)}, "pipeline": {pipeline}, "stages": [')
+        for number, stage in enumerate(resolved.stages):
+            plans = plan_roles(Graph.from_yaml(stage.config.pipeline), stage.config, len(hosts), hosts)
+            file.write(f'{"," if number else ""}\n{{"stage": {json.dumps(stage.name)}, "plans": ')
+            file.writelines(all_plans_json(plans))
+            file.write("}")
+        file.write("]}\n")

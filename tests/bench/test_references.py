@@ -13,8 +13,8 @@ from siirl.bench.plain_ops import PLAIN
 from siirl.bench.suites.databuffer import Redistribution
 from siirl.bench.suites.sync_weights import MODEL, Sync
 from siirl.bench.world import World
+from siirl.dag.plan import TransportName
 from siirl.data.batch import Batch
-from siirl.data.transport import Kind
 from siirl.device import select
 from siirl.device.backend import Backend
 from siirl.device.collectives import Collectives
@@ -94,9 +94,9 @@ def test_a_plain_update_has_the_engines_loss_and_weights(backend: Backend) -> No
         assert moved.float().mean() < 0.01, name
 
 
-@pytest.mark.parametrize("kind", get_args(Kind))
-def test_gathering_everything_gives_the_databuffers_rows(backend: Backend, kind: Kind) -> None:
-    with World(backend, 2, Redistribution, kind) as world:
+@pytest.mark.parametrize("transport", get_args(TransportName))
+def test_gathering_everything_gives_the_databuffers_rows(backend: Backend, transport: TransportName) -> None:
+    with World(backend, 2, Redistribution, transport) as world:
         for one, other in zip(world.call("candidate"), world.call("reference"), strict=True):
             assert isinstance(one, Batch)
             assert one.equals(other.take(other.dense("sample_id").argsort()))

@@ -282,3 +282,36 @@ def test_a_disaggregated_placement_parts_the_plan_where_rows_are_trained_on(grap
     assert nodes(training) == ["use"]
     assert nodes(generating) == ["data", "make"]
     assert [step.target.shares() for step in moves(generating)] == [[[0], [1]]]
+
+
+def carried(config: Config, workers: int, hosts: list[int] | None, rank: int = 0) -> dict[str, str | None]:
+    """How the rows of each redistribution travel, by its id."""
+    return {step.id: step.transport for step in plan_worker(Graph.from_yaml("grpo"), config, workers, rank, hosts).steps
+            if step.kind == "redistribute"}  # fmt: skip
+
+
+def test_rows_travel_through_shared_memory_among_workers_of_one_host() -> None:
+    config = Config(workers=4)
+    assert set(carried(config, 4, None).values()) == {"shared_memory"}
+    assert set(carried(config, 4, [3, 3, 3, 3]).values()) == {"shared_memory"}
+    for hosts in ([0, 0, 1, 1], [0, 1, 2, 3], [0, 0, 0, 1], [0, 1, 0, 1]):
+        assert set(carried(config, 4, hosts).values()) == {"collectives"}
+    assert set(carried(Config(workers=4, data={"transport": "collectives"}), 4, None).values()) == {"collectives"}  # type: ignore[arg-type]
+
+
+def test_each_redistribution_has_the_way_that_its_own_workers_can_take(graph_of) -> None:
+    """Workers 0, 1 train on one host, 2 generates on another: rows cross over once, and then stay on the first."""
+    config = Config(placement="disaggregated", workers=3, rollout={"workers": 1})  # type: ignore[arg-type]
+    graph = graph_of(
+        python("make", writes="[m]"), python("look", "groups", reads="[m]"), python("use", "tokens", reads="[m]"),
+        python("again", "groups", reads="[m]", after="[use]"),
+    )  # fmt: skip
+    steps = plan_worker(graph, config, 3, 0, [0, 0, 1]).steps
+    assert [step.transport for step in steps if step.kind == "redistribute"] == ["collectives", "shared_memory"]
+
+
+def test_shared_memory_that_does_not_reach_is_refused() -> None:
+    config = Config(workers=4, data={"transport": "shared_memory"})  # type: ignore[arg-type]
+    assert set(carried(config, 4, None).values()) == {"shared_memory"}
+    with pytest.raises(RequestError, match=r"of 2 hosts \(redistribute:.*\); set it to auto"):
+        carried(config, 4, [0, 0, 1, 1])

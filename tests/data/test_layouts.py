@@ -18,7 +18,7 @@ from siirl.dag.plan import Layout
 from siirl.data import databuffer
 from siirl.data.batch import Batch, Ragged
 from siirl.data.databuffer import Spread, redistribute
-from siirl.data.transport import CollectiveTransport, SharedMemoryTransport, choose
+from siirl.data.transport import CollectiveTransport, SharedMemoryTransport, hosts
 from tests.data.world import FIELDS, SAMPLES, World, make_rows
 
 WORKERS = 4
@@ -118,12 +118,17 @@ def test_equal_counts(world) -> None:
     assert max(counts) - min(counts) <= 1
 
 
-def kind(collectives) -> str:
-    return choose("auto", collectives.inner).name
+def seen_hosts(collectives, apart: int) -> list[int]:
+    """Hosts as the workers see them, where memory of worker ``apart`` is out of reach."""
+    with pytest.MonkeyPatch.context() as patch:
+        if collectives.inner.rank == apart:
+            patch.setattr(os, "getuid", lambda: 4242)
+        return hosts(collectives.inner)
 
 
-def test_workers_of_one_host_share_memory(world) -> None:
-    assert world.run(kind) == ["shared_memory"] * WORKERS
+def test_workers_that_can_share_memory_are_on_one_host(world) -> None:
+    assert world.run(seen_hosts, -1) == [[0] * WORKERS] * WORKERS
+    assert world.run(seen_hosts, 1) == [[0, 1, *[0] * (WORKERS - 2)]] * WORKERS
 
 
 def test_a_worker_in_two_shares_is_refused() -> None:

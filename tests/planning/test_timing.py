@@ -100,6 +100,7 @@ def test_decoding_takes_as_long_as_iteration_by_iteration(slots: int) -> None:
 def test_columns_travel_as_wide_as_their_values_need() -> None:
     job = job_of(8, lengths=Lengths(500.0, 400.0, 0.0, 1024))
     assert column_bytes(job, "prompt_ids") == 500 * 4  # 152,064 ids need more than two bytes
+    assert column_bytes(job, "prompt_ids", narrow=False) == 500 * 8
     assert column_bytes(job, "rollout_log_probs") == 400 * 4
     small = job_of(2, "local-2", model__path="tiny:qwen3:64:2:128", lengths=Lengths(500.0, 400.0, 0.0, 1024))
     assert column_bytes(small, "response_ids") == 400
@@ -114,6 +115,13 @@ def test_equal_rows_stay_and_each_mini_batch_gathers_from_its_half_of_the_worker
     two = moved_bytes(job, step(job, "redistribute"))
     assert two.kept == pytest.approx(0.5)
     assert two.total == pytest.approx(0.5 * two.row * 512 * 8)
+
+
+def test_tokens_are_narrowed_only_where_rows_leave_their_host() -> None:
+    lengths = Lengths(500.0, 400.0, 0.0, 1024)
+    inside, across = (job_of(workers, lengths=lengths) for workers in (8, 16))
+    rows = [moved_bytes(job, step(job, "redistribute")).row for job in (inside, across)]
+    assert rows[0] - rows[1] == (500 + 400) * (8 - 4)
 
 
 def test_unequal_rows_mostly_stay() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -62,6 +63,12 @@ def start(host: int, recipe: Path, run_dir: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def carried(run_dir: Path) -> set[str]:
+    """How rows travel, over all stages and workers of a run's plan."""
+    plans = [plan for stage in json.loads((run_dir / "plan.json").read_text())["stages"] for plan in stage["plans"]]
+    return {step["transport"] for plan in plans for step in plan["steps"] if step["kind"] == "redistribute"}
+
+
 @pytest.mark.usefixtures("two_hosts")
 def test_two_hosts_with_two_workers_each_compute_what_four_workers_of_one_host_do(tmp_path: Path) -> None:
     """Bytes moved count as well: between hosts they are narrowed, through shared memory they are not."""
@@ -73,5 +80,6 @@ def test_two_hosts_with_two_workers_each_compute_what_four_workers_of_one_host_d
     runs.run(recipe, tmp_path / "collectives", "--workers", "4", "data.transport=collectives")
     runs.run(recipe, tmp_path / "shared", "--workers", "4", "data.transport=shared_memory")
     assert runs.learned(tmp_path / "hosts") == runs.learned(tmp_path / "collectives")
+    assert [carried(tmp_path / name) for name in ("hosts", "shared")] == [{"collectives"}, {"shared_memory"}]
     moved = [[line["data/redistributed_bytes"] for line in runs.metrics(tmp_path / n)] for n in ("hosts", "shared")]
     assert all(over < within for over, within in zip(*moved, strict=True))

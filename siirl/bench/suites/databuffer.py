@@ -7,6 +7,7 @@ sides end with the same rows. GB/s counts the bytes that `redistribute` moves, b
 from __future__ import annotations
 
 import pickle
+from typing import get_args
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from siirl.bench import setting
 from siirl.bench.counters import Counted, count, total
 from siirl.bench.measure import Measure, Rate
 from siirl.bench.world import World
+from siirl.dag.plan import TransportName
 from siirl.data.balance import assign
 from siirl.data.batch import Batch, Ragged, offsets_of
 from siirl.data.databuffer import ID_COLUMNS, redistribute
-from siirl.data.transport import Kind, choose
+from siirl.data.transport import open_transport
 from siirl.device.backend import Backend
 from siirl.device.collectives import Collectives
 
@@ -27,11 +29,11 @@ FIELDS = ("prompt_ids", "response_ids", "rollout_log_probs", "advantages", "rewa
 
 
 class Redistribution:
-    """One worker's rows, and both ways to redistribute them, the databuffer's over a kind of transport."""
+    """One worker's rows, and both ways to redistribute them, the databuffer's over one of the transports."""
 
-    def __init__(self, backend: Backend, collectives: Collectives, kind: Kind) -> None:
+    def __init__(self, backend: Backend, collectives: Collectives, name: TransportName) -> None:
         self._backend, self._collectives = backend, collectives
-        self._transport = choose(kind, collectives)
+        self._transport = open_transport(name, collectives)
         self._batch = rows_of(collectives.rank)
 
     def candidate(self) -> Batch:
@@ -88,11 +90,11 @@ def rows_of(rank: int) -> Batch:
     )
 
 
-@pytest.mark.parametrize("kind", ["collectives", "shared_memory"], ids=lambda kind: kind.replace("_", " "))
+@pytest.mark.parametrize("transport", get_args(TransportName), ids=lambda name: name.replace("_", " "))
 @pytest.mark.parametrize("workers", [2, 4], ids=lambda size: f"{size} workers")
-def bench_redistribute(measure_wall: Measure, backend: Backend, workers: int, kind: Kind) -> None:
+def bench_redistribute(measure_wall: Measure, backend: Backend, workers: int, transport: TransportName) -> None:
     setting.need_devices(backend, workers)
-    with World(backend, workers, Redistribution, kind) as world:
+    with World(backend, workers, Redistribution, transport) as world:
         found = total(world.call("counted"))
         measure_wall(
             lambda: world.call("run_candidate"),
