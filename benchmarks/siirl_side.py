@@ -1,7 +1,7 @@
 """siirl's side of vs_dataflow.py: worker processes that give each other rows by `redistribute`.
 
-python siirl_side.py WORK.json, where WORK.json says: workers, case (real or full), transport (a
-value of data.transport), hops.
+python siirl_side.py WORK.json, where WORK.json says: workers, case (real or full), transport (its
+name), hops.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.multiprocessing as mp
 import siirl
 from siirl.data.batch import Batch, Ragged
 from siirl.data.databuffer import redistribute
-from siirl.data.transport import Transport, choose
+from siirl.data.transport import Transport, open_transport
 from siirl.device import select
 from siirl.device.collectives import Collectives
 from siirl.errors import SiirlError
@@ -82,7 +82,7 @@ def serve(rank: int, work: dict[str, Any], port: int, pipe: Any) -> None:
     backend = select("cpu")
     backend.bind(rank, threads=1)
     collectives = Collectives.init(backend, rank, size, timeout_s=300)
-    transport = choose(work["transport"], collectives)
+    transport = open_transport(work["transport"], collectives)
     pipe.send(transport.name)
     share = common.SAMPLES // size
     samples = torch.arange(rank * share, (rank + 1) * share)
