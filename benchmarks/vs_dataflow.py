@@ -61,7 +61,9 @@ class Side:
 
 SIDES = {
     "siirl": Side("siirl", "siirl_side.py", "siirl", "launcher", {"case": "real", "transport": "shared_memory"}),
-    "siirl-full": Side("siirl, all move", "siirl_side.py", "siirl", "launcher", {"case": "full", "transport": "shared_memory"}),
+    "siirl-full": Side(
+        "siirl, all move", "siirl_side.py", "siirl", "launcher", {"case": "full", "transport": "shared_memory"}
+    ),
     "verl": Side("verl", "verl_side.py", "verl", "controller"),
     "tq": Side("TransferQueue", "tq_side.py", "transfer_queue", "driver", {"case": "padded", "units": 2}),
     "tq-ragged": Side(
