@@ -1,7 +1,6 @@
 """siirl's side of vs_dataflow.py: worker processes that give each other rows by `redistribute`.
 
-python siirl_side.py WORK.json, where WORK.json says: workers, case (real or full), transport (its
-name), hops.
+python siirl_side.py WORK.json, where WORK.json says: workers, case (real or full), transport (its name), hops.
 """
 
 from __future__ import annotations

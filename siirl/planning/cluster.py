@@ -92,7 +92,8 @@ class Cluster(Section):
 
     def hosts(self, workers: int) -> list[int]:
         """The number of each worker's node, by rank."""
-        return [rank // self.workers_per_node(workers) for rank in range(workers)]
+        each = self.workers_per_node(workers)
+        return [rank // each for rank in range(workers)]
 
     def turns(self, workers: int) -> float:
         """How many workers take turns on a device that also carries their messages, as a host's cores do; else 1."""

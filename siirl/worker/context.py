@@ -32,8 +32,8 @@ class Context:
     ``collectives`` and ``transports`` are of the workers that share this one's role, ``world`` and
     ``world_transports`` of all. Rows that travel while a node uses the collectives of all workers travel on others of
     their own. ``step`` counts from 1; ``policy_version`` is the number of steps that the rollout engine's weights
-    have seen; ``rollout_seed`` differs by stage, for sample ids
-    begin anew in each. ``pool`` is there where the pipeline has a node with ``op: dynamic_sampling``.
+    have seen; ``rollout_seed`` differs by stage, for sample ids begin anew in each. ``pool`` is there where the
+    pipeline has a node with ``op: dynamic_sampling``.
     """
 
     stage: str

@@ -83,3 +83,13 @@ def test_two_hosts_with_two_workers_each_compute_what_four_workers_of_one_host_d
     assert [carried(tmp_path / name) for name in ("hosts", "shared")] == [{"collectives"}, {"shared_memory"}]
     moved = [[line["data/redistributed_bytes"] for line in runs.metrics(tmp_path / n)] for n in ("hosts", "shared")]
     assert all(over < within for over, within in zip(*moved, strict=True))
+
+
+@pytest.mark.usefixtures("two_hosts")
+def test_shared_memory_between_two_hosts_is_refused_by_all_workers(tmp_path: Path) -> None:
+    recipe = runs.write_recipe(tmp_path, runs.RECIPE.replace("held_out: 10", "held_out: 10, transport: shared_memory"))
+    launched = [start(host, recipe, tmp_path / "run") for host in range(2)]
+    said = [process.communicate(timeout=120)[0] for process in launched]
+    assert all(process.returncode for process in launched)
+    sentence = "data.transport is shared_memory, but rows move among workers of 2 hosts"
+    assert all(sentence in text for text in said), said
