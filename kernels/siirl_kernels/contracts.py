@@ -17,6 +17,7 @@ from torch import Tensor
 from siirl_kernels import cases
 from siirl_kernels.cases import Generate, Level, Source
 from siirl_kernels.packing import PackedSequences
+from siirl_kernels.paging import PagedSequences
 
 # An error in scale shows among so many elements of like size; the roundings of a few may all go one way.
 SCALE_ELEMENTS = 64
@@ -66,6 +67,8 @@ class Contract:
         deterministic: the same call gives the same bits, gradients included, in the back end's deterministic mode.
         batch_invariant: a row comes out the same, bit for bit, whatever rows are beside it.
         rows: arguments whose first dimension is the rows; empty where the op has no rows to take apart.
+        writes: arguments that the op changes.
+        returns: the dtype of each result; None, and where nothing is said, that of the inputs.
     """
 
     op: str
@@ -76,6 +79,8 @@ class Contract:
     deterministic: bool = True
     batch_invariant: bool = False
     rows: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    returns: tuple[torch.dtype | None, ...] = (None,)
 
     def cases(self, level: Level, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> Iterator[Case]:
         """The calls an implementation is judged by; the same numbers on every device, up to the rounding to ``dtype``.
@@ -86,6 +91,14 @@ class Contract:
         source = Source(dtype, torch.device(device), seed)
         for name, arguments, size in self.generate(level, source):
             yield Case(name, arguments, size)
+
+    def leaves(self, case: Case) -> dict[str, Tensor]:
+        """The case's arguments that gradients reach; an optional one may be absent."""
+        return {name: case.arguments[name] for name in self.differentiable if case.arguments[name] is not None}
+
+    def dtype(self, number: int, direction: Literal["forward", "backward"], inputs: torch.dtype) -> torch.dtype:
+        """The dtype of a result, or of a gradient, for inputs of dtype ``inputs``."""
+        return (self.returns[number] if direction == "forward" else None) or inputs
 
     def tolerance(self, dtype: torch.dtype, case: Case, direction: Literal["forward", "backward"]) -> Tolerance:
         """What may be lost in a case."""
@@ -139,6 +152,8 @@ def measure(result: Tensor, truth: Tensor, tolerance: Tolerance) -> Error:
 def _moved(x: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     if isinstance(x, PackedSequences):
         return replace(x, device=device)
+    if isinstance(x, PagedSequences):
+        return x.to(device)
     if isinstance(x, Tensor):
         return x.to(device, dtype if x.is_floating_point() else None)
     return x
@@ -195,6 +210,7 @@ CONTRACTS: dict[str, Contract] = {
             tolerances=_tolerances(single=(32, 8), half=(4, 2)),
             backward_scale=6,
             rows=("hidden_TH", "target_T"),
+            returns=(torch.float32, torch.float32),
             generate=cases.linear_log_prob,
         ),
         Contract(
@@ -202,6 +218,33 @@ CONTRACTS: dict[str, Contract] = {
             tolerances=_tolerances(single=(32, 8), half=(4, 2)),
             rows=("q_BND", "k_BKLD", "v_BKLD", "keep_BL"),
             generate=cases.decode_attention,
+        ),
+        Contract(
+            op="paged_attention",
+            tolerances=_tolerances(single=(48, 32), half=(4, 2)),
+            writes=("keys_PSKD", "values_PSKD"),
+            generate=cases.paged_attention,
+        ),
+        Contract(
+            op="linear",
+            differentiable=("x_TH", "weight_OH", "bias"),
+            tolerances=_tolerances(single=(32, 8), half=(3, 0.5)),
+            backward_scale=6,
+            rows=("x_TH",),
+            generate=cases.linear,
+        ),
+        Contract(
+            op="inference_linear",
+            tolerances=_tolerances(single=(32, 8), half=(3, 0.5)),
+            rows=("x_TH",),
+            generate=cases.linear,
+        ),
+        Contract(
+            op="categorical",
+            tolerances=dict.fromkeys(("float32", "float16", "bfloat16"), Tolerance(16 * 2**-24, 16 * 2**-24, 2**-20)),
+            rows=("logits_BV", "uniform_B"),
+            returns=(torch.int64, torch.float32),
+            generate=cases.categorical,
         ),
     )
 }

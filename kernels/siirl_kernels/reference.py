@@ -1,6 +1,7 @@
 """PyTorch references of the ops. They run on any device and define what the other providers must compute.
 
-Shapes: T packed tokens, H hidden, N query heads, K key/value heads, D head size, V vocabulary, B sequences.
+Shapes: T packed tokens, H hidden, N query heads, K key/value heads, D head size, V vocabulary, B sequences, O outputs,
+P blocks of a cache, S slots of a block.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from siirl_kernels.linear_log_prob import LinearLogProb
 from siirl_kernels.packing import PackedSequences
+from siirl_kernels.paging import PagedSequences
 from siirl_kernels.registry import op
 
 
@@ -88,3 +90,92 @@ def decode_attention(q_BND: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, keep_BL: Ten
     scores_BKGL = (q_BND * size**-0.5).view(batch, keys, heads // keys, size) @ k_BKLD.transpose(2, 3)
     weights_BKGL = scores_BKGL.masked_fill_(~keep_BL[:, None, None], -torch.inf).softmax(-1, dtype=torch.float32)
     return (weights_BKGL.to(q_BND.dtype) @ v_BKLD).view(batch, heads, size)
+
+
+@op
+def paged_attention(
+    q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, sequences: PagedSequences
+) -> Tensor:
+    """Put new keys and values into the cache, in place, then attend causally to what the cache holds of each sequence.
+
+    The j-th of a sequence's n new tokens is at position length - n + j and sees every position up to its own, scale
+    1/sqrt(D). No gradient. Slots that no token was written to may hold anything, NaN too.
+
+    Returns:
+        [T, N, D] in q's dtype.
+    """
+    size = keys_PSKD.shape[1]
+    for cache_PSKD, new_TKD in ((keys_PSKD, k_TKD), (values_PSKD, v_TKD)):
+        cache_PSKD[sequences.slots // size, sequences.slots % size] = new_TKD
+    if not len(q_TND):
+        return torch.empty_like(q_TND)
+    starts = sequences.starts.long()
+    counts_B, column = starts.diff(), torch.arange(sequences.longest, device=q_TND.device)
+    within = torch.arange(sequences.longest_query, device=q_TND.device)
+    position_BQ = (sequences.lengths - counts_B)[:, None] + within
+    written_BL = column < sequences.lengths[:, None]
+    blocks = sequences.tables[:, : -(-sequences.longest // size)].long()
+    k_BLKD, v_BLKD = (
+        cache[blocks].flatten(1, 2)[:, : sequences.longest].masked_fill(~written_BL[..., None, None], 0.0)
+        for cache in (keys_PSKD, values_PSKD)
+    )
+    q_BQND = q_TND[(starts[:-1, None] + within).clamp(max=len(q_TND) - 1)]
+    out_BQND = _attend(q_BQND, k_BLKD, v_BLKD, column <= position_BQ[..., None])
+    return out_BQND[within < counts_B[:, None]]
+
+
+def _attend(q_BQND: Tensor, k_BLKD: Tensor, v_BLKD: Tensor, mask_BQL: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q_BQND, k_BLKD, v_BLKD))
+    grouped = q.shape[1] != k.shape[1]
+    if q.shape[2] > 1:
+        out = F.scaled_dot_product_attention(q, k, v, mask_BQL[:, None], enable_gqa=grouped)
+        return out.transpose(1, 2)
+    # one query is too little work for a fused kernel on a CPU: two batched products are faster, most on a long cache
+    batch, heads, _, size = q.shape
+    scores_BKGL = (q * size**-0.5).reshape(batch, k.shape[1], -1, size) @ k.transpose(2, 3)
+    weights_BKGL = scores_BKGL.masked_fill_(~mask_BQL[:, None], -torch.inf).softmax(-1, dtype=_wide(q))
+    return (weights_BKGL.to(q.dtype) @ v).reshape(batch, 1, heads, size)
+
+
+@op
+def linear(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> Tensor:
+    """x · weightᵀ + bias, [T, O]: what training computes with, so a token's bits must not depend on T."""
+    return F.linear(x_TH, weight_OH, bias)
+
+
+@op
+def inference_linear(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> Tensor:
+    """As :func:`linear`, without gradients: what generation computes with, where T is small."""
+    return F.linear(x_TH, weight_OH, bias)
+
+
+@op
+def categorical(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Draw one token per row from softmax(logits / temperature), inverting the distribution at a uniform number.
+
+    Args:
+        uniform_B: in [0, 1), on the host or where the logits are.
+        temperature: 0 takes the likeliest token, the first of equals, and its log-prob at temperature 1.
+
+    Returns:
+        tokens int64 [B], the first at which the cumulated probability exceeds the uniform number, and their log-probs
+        float32 [B]. All is computed in float32 (float64 for such logits).
+    """
+    scaled_BV = logits_BV.to(_wide(logits_BV))
+    if temperature not in (0.0, 1.0):
+        scaled_BV = scaled_BV / temperature
+    log_p_BV = torch.log_softmax(scaled_BV, dim=-1)
+    tokens_B = scaled_BV.argmax(-1) if temperature == 0 else _invert(log_p_BV, uniform_B.to(log_p_BV.device))
+    return tokens_B, log_p_BV.gather(1, tokens_B[:, None]).squeeze(1)
+
+
+def _invert(log_p_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    cdf_BV = log_p_BV.exp().cumsum(-1)
+    total_B1 = cdf_BV[:, -1:]
+    # rounding must not put the product at the total itself, past the last token
+    wanted_B1 = torch.minimum(uniform_B[:, None] * total_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
+    return torch.searchsorted(cdf_BV, wanted_B1, right=True).squeeze(1)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -23,6 +23,10 @@ class Kernels:
     packed_attention: Callable[..., Any]
     linear_log_prob: Callable[..., Any]
     decode_attention: Callable[..., Any]
+    paged_attention: Callable[..., Any]
+    linear: Callable[..., Any]
+    inference_linear: Callable[..., Any]
+    categorical: Callable[..., Any]
 
 
 kernels = Kernels()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from siirl_kernels.packing import PackedSequences
+from siirl_kernels.paging import PagedSequences
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -68,6 +69,53 @@ def decode_attention(q_BND: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, keep_BL: Ten
     return (weights_BN1L.to(q_BND.dtype) @ v_BNLD).squeeze(2)
 
 
-PLAIN: dict[str, Callable[..., Any]] = {
-    f.__name__: f for f in (rms_norm, rope, swiglu, packed_attention, linear_log_prob, decode_attention)
-}
+def paged_attention(
+    q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, sequences: PagedSequences
+) -> Tensor:
+    """One call for each sequence over its blocks, as in a loop over requests."""
+    for cache, new in ((keys_PSKD, k_TKD), (values_PSKD, v_TKD)):
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, sequences.slots, new)
+    out, starts, lengths = [], sequences.starts.tolist(), sequences.lengths.tolist()
+    for row, length in enumerate(lengths):
+        table = sequences.tables[row, : -(-length // keys_PSKD.shape[1])].long()
+        k, v = (x[table].flatten(0, 1)[:length].transpose(0, 1) for x in (keys_PSKD, values_PSKD))
+        q = q_TND[starts[row] : starts[row + 1]].transpose(0, 1)
+        mask = torch.ones(q.shape[1], length, dtype=torch.bool, device=k.device).tril(length - q.shape[1])
+        out.append(F.scaled_dot_product_attention(q[None], k[None], v[None], mask, enable_gqa=True)[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+def linear(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> Tensor:
+    """x · weightᵀ + bias."""
+    out = x_TH @ weight_OH.t()
+    return out if bias is None else out + bias
+
+
+def inference_linear(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> Tensor:
+    """The same."""
+    return linear(x_TH, weight_OH, bias)
+
+
+def categorical(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The first token whose cumulated probability exceeds the uniform number, and its log-prob."""
+    log_p = (logits_BV.float() / (temperature or 1.0)).log_softmax(-1)
+    cdf = log_p.exp().cumsum(-1)
+    tokens = (cdf <= uniform_B.to(cdf.device)[:, None]).sum(-1).clamp(max=cdf.shape[1] - 1)
+    if temperature == 0:
+        tokens = log_p.argmax(-1)
+    return tokens, log_p.gather(1, tokens[:, None]).squeeze(1)
+
+
+_FORMULAS = (
+    rms_norm,
+    rope,
+    swiglu,
+    packed_attention,
+    linear_log_prob,
+    decode_attention,
+    paged_attention,
+    linear,
+    inference_linear,
+    categorical,
+)
+PLAIN: dict[str, Callable[..., Any]] = {f.__name__: f for f in _FORMULAS}

@@ -41,6 +41,16 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         pass
 
+    def forward(self, x_TH: Tensor) -> Tensor:
+        return _linear(x_TH, self.weight, self.bias)
+
+
+def _linear(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> Tensor:
+    """Inference mode is generation; log-probs of training are computed without gradients too, but outside of it."""
+    if torch.is_inference_mode_enabled():
+        return kernels.inference_linear(x_TH, weight_OH, bias)
+    return kernels.linear(x_TH, weight_OH, bias)
+
 
 class Embedding(nn.Embedding):
     """As :class:`Linear`."""
@@ -143,7 +153,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
         """Logits [T, V]."""
-        return hidden_TH @ self.head_weight.t()
+        return _linear(hidden_TH, self.head_weight, None)
 
     def initialize(self, generator: torch.Generator) -> None:
         """Fresh weights: normal with the config's standard deviation, zero biases, unit norms."""

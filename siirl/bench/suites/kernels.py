@@ -56,7 +56,7 @@ def bench_fwd(measure: Measure, backend: Backend, op: str, provider: str, dtype:
 def bench_bwd(measure: Measure, backend: Backend, op: str, provider: str, dtype: str, case: str) -> None:
     found = _case(backend, op, provider, dtype, case)
     function, reference, against = _sides(op, provider)
-    inputs = [found.arguments[name].requires_grad_() for name in CONTRACTS[op].differentiable]
+    inputs = [x.requires_grad_() for x in CONTRACTS[op].leaves(found).values()]
     results = _tensors(function(**found.arguments))
     gradients = [torch.randn_like(x) for x in results]
     moved = _bytes(found.arguments.values()) + 2 * _bytes(results) + _bytes(inputs)
