@@ -98,6 +98,7 @@ class CpuBackend(TorchBackend):
 
     def load(self) -> None:
         self._torch = importlib.import_module("torch")
+        importlib.import_module("siirl_kernels.native")
 
     def _bind_device(self, local_rank: int) -> None:
         pass  # every worker of a node shares the host

@@ -5,6 +5,28 @@ reference until :func:`bind` chooses, once at start-up, an implementation per op
 """
 
 from siirl_kernels import reference as _reference
-from siirl_kernels.registry import bind, implementation, kernels, op, providers, resolved, supported, table_hash
+from siirl_kernels.registry import (
+    bind,
+    implementation,
+    kernels,
+    obstacle,
+    op,
+    provider,
+    providers,
+    resolved,
+    supported,
+    table_hash,
+)
 
-__all__ = ["bind", "implementation", "kernels", "op", "providers", "resolved", "supported", "table_hash"]
+__all__ = [
+    "bind",
+    "implementation",
+    "kernels",
+    "obstacle",
+    "op",
+    "provider",
+    "providers",
+    "resolved",
+    "supported",
+    "table_hash",
+]

@@ -18,9 +18,12 @@ from siirl_kernels import cases
 from siirl_kernels.cases import Generate, Level, Source
 from siirl_kernels.packing import PackedSequences
 from siirl_kernels.paging import PagedSequences
+from siirl_kernels.registry import supported
 
 # An error in scale shows among so many elements of like size; the roundings of a few may all go one way.
 SCALE_ELEMENTS = 64
+# The provider all of whose implementations keep a row's bits.
+INVARIANT = "invariant"
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Contract:
         tolerances: of the forward pass, by the dtype of the inputs.
         backward_scale: factor for the elements of gradients.
         deterministic: the same call gives the same bits, gradients included, in the back end's deterministic mode.
-        batch_invariant: a row comes out the same, bit for bit, whatever rows are beside it.
+        batch_invariant: of every provider, a row comes out the same, bit for bit, whatever rows are beside it.
         rows: arguments whose first dimension is the rows; empty where the op has no rows to take apart.
         writes: arguments that the op changes.
         returns: the dtype of each result; None, and where nothing is said, that of the inputs.
@@ -92,6 +95,10 @@ class Contract:
         for name, arguments, size in self.generate(level, source):
             yield Case(name, arguments, size)
 
+    def invariant(self, provider: str) -> bool:
+        """Whether the provider's implementation promises that a row comes out the same whatever rows are beside it."""
+        return bool(self.rows) and (self.batch_invariant or provider == INVARIANT)
+
     def leaves(self, case: Case) -> dict[str, Tensor]:
         """The case's arguments that gradients reach; an optional one may be absent."""
         return {name: case.arguments[name] for name in self.differentiable if case.arguments[name] is not None}
@@ -104,6 +111,19 @@ class Contract:
         """What may be lost in a case."""
         factor = self.backward_scale if direction == "backward" else 1.0
         return self.tolerances[str(dtype).removeprefix("torch.")].times(factor, factor * case.size)
+
+
+def taken(
+    op: str, provider: str, level: Level, dtype: torch.dtype, device: torch.device | str
+) -> Iterator[tuple[Case, bool]]:
+    """The cases that an implementation says it takes, and whether it does only in inference mode."""
+    for case in CONTRACTS[op].cases(level, dtype, device):
+        for inference in (False, True):
+            with torch.inference_mode(inference):
+                accepted = supported(op, provider, case.arguments)
+            if accepted:
+                yield case, inference
+                break
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,17 @@ import functools
 import hashlib
 import inspect
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 _ops: dict[str, dict[str, Callable[..., Any]]] = {}
 _predicates: dict[tuple[str, str], Callable[..., bool]] = {}
 _bound: dict[str, str] = {}
+_obstacles: dict[str, Callable[[], str | None]] = {}
+_reported: set[str] = set()
+
+_log = logging.getLogger(__name__)
 
 
 class Kernels:
@@ -72,9 +77,26 @@ def implementation(
     return register
 
 
+def provider(name: str, obstacle: Callable[[], str | None]) -> None:
+    """Say that a provider may be unable to run here.
+
+    Args:
+        obstacle: asked when a table is bound, not before: why none of the provider's implementations can run, or None.
+    """
+    _obstacles[name] = obstacle
+
+
+def obstacle(name: str) -> str | None:
+    """Why the provider ``name`` cannot run here, or None."""
+    return _obstacles[name]() if name in _obstacles else None
+
+
 def providers(name: str) -> dict[str, Callable[..., Any]]:
-    """The implementations of the op ``name`` by provider, the reference (``torch``) first; none asks its predicate."""
-    return dict(_ops[name])
+    """The implementations of the op ``name`` by provider, the reference (``torch``) first; none asks its predicate.
+
+    Providers that cannot run here are left out.
+    """
+    return {provider: function for provider, function in _ops[name].items() if obstacle(provider) is None}
 
 
 def supported(name: str, provider: str, arguments: Mapping[str, Any]) -> bool:
@@ -90,17 +112,29 @@ def bind(order: Sequence[str], pinned: Mapping[str, str] | None = None) -> dict[
         The provider chosen for each op.
 
     Raises:
-        ValueError: a pinned op or provider does not exist.
+        ValueError: a pinned op or provider does not exist, or the provider cannot run here.
     """
     pinned = dict(pinned or {})
     for name, provider in pinned.items():
         if provider not in _ops.get(name, {}):
             raise ValueError(f"no provider '{provider}' implements the kernel op '{name}'")
+        if why := obstacle(provider):
+            raise ValueError(f"the provider '{provider}' of the kernel op '{name}' cannot run here: {why}")
+    order = [provider for provider in order if _able(provider)]
     for name, functions in _ops.items():
         chosen = pinned.get(name) or next((p for p in order if p in functions), "torch")
         setattr(kernels, name, _slot(name, chosen))
         _bound[name] = chosen
     return resolved()
+
+
+def _able(provider: str) -> bool:
+    """Whether the provider can run here; the log says once why not."""
+    why = obstacle(provider)
+    if why is not None and provider not in _reported:
+        _reported.add(provider)
+        _log.warning("the kernel provider '%s' is left out: %s", provider, why)
+    return why is None
 
 
 def resolved() -> dict[str, str]:

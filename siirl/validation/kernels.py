@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ import siirl_kernels
 from siirl.validation.checks import Broken, NotApplicable, check, require
 from siirl.validation.numbers import same
 from siirl.validation.subject import Subject
-from siirl_kernels import kernels, providers, resolved, supported
+from siirl_kernels import contracts, kernels, providers, resolved, supported
 from siirl_kernels.contracts import CONTRACTS, Case, Contract, measure
 
 HOST = torch.device("cpu")
@@ -32,7 +33,7 @@ def repeatable(subject: Subject) -> list[tuple[str, str]]:
 
 
 def batch_invariant(subject: Subject) -> list[tuple[str, str]]:
-    return [pair for pair in implementations(subject) if CONTRACTS[pair[0]].batch_invariant]
+    return [(op, provider) for op, provider in implementations(subject) if CONTRACTS[op].invariant(provider)]
 
 
 def in_each_dtype(subject: Subject) -> Iterator[tuple[str, str, str]]:
@@ -40,16 +41,18 @@ def in_each_dtype(subject: Subject) -> Iterator[tuple[str, str, str]]:
     yield from ((op, provider, name) for op, provider in implementations(subject) for name in FLOATS if name in claimed)
 
 
-def taken(subject: Subject, op: str, provider: str, dtype: torch.dtype) -> list[Case]:
-    """The contract's cases that the implementation says it takes."""
-    cases = CONTRACTS[op].cases(subject.depth, dtype, subject.backend.device())
-    return [case for case in cases if supported(op, provider, case.arguments)]
+def taken(subject: Subject, op: str, provider: str, dtype: torch.dtype) -> list[tuple[Case, bool]]:
+    """The contract's cases that the implementation says it takes, and whether in inference mode alone."""
+    return list(contracts.taken(op, provider, subject.depth, dtype, subject.backend.device()))
 
 
-def results(function: Callable[..., Any], case: Case, contract: Contract) -> dict[Direction, list[Tensor]]:
-    """Outputs, and gradients for upstream gradients that every dtype represents."""
-    leaves = {name: x.detach().requires_grad_() for name, x in contract.leaves(case).items()}
-    out = function(**case.arguments | leaves)
+def results(
+    function: Callable[..., Any], case: Case, contract: Contract, inference: bool = False
+) -> dict[Direction, list[Tensor]]:
+    """Outputs, and outside inference mode gradients for upstream gradients that every dtype represents."""
+    leaves = {} if inference else {name: x.detach().requires_grad_() for name, x in contract.leaves(case).items()}
+    with torch.inference_mode(inference):
+        out = function(**case.arguments | leaves)
     outputs = list(out) if isinstance(out, tuple) else [out]
     if not leaves:
         return {"forward": outputs, "backward": []}
@@ -65,9 +68,9 @@ def accuracy(subject: Subject, op: str, provider: str, dtype_name: str) -> None:
     cases = taken(subject, op, provider, dtype)
     if not cases:
         raise NotApplicable(f"it takes no case in {dtype_name}")
-    for case in cases:
-        found = results(providers(op)[provider], case, contract)
-        truth = results(providers(op)["torch"], case.to(HOST, torch.float64), contract)
+    for case, inference in cases:
+        found = results(providers(op)[provider], case, contract, inference)
+        truth = results(providers(op)["torch"], case.to(HOST, torch.float64), contract, inference)
         for direction in found:
             for number, (x, true) in enumerate(zip(found[direction], truth[direction], strict=True)):
                 wanted = contract.dtype(number, direction, dtype)
@@ -94,10 +97,10 @@ def repeatability(subject: Subject, op: str, provider: str) -> None:
     contract = CONTRACTS[op]
     subject.backend.deterministic("on")
     try:
-        for case in taken(subject, op, provider, torch.float32):
-            first = results(providers(op)[provider], case, contract)
+        for case, inference in taken(subject, op, provider, torch.float32):
+            first = results(providers(op)[provider], case, contract, inference)
             for _ in range(3):
-                again = results(providers(op)[provider], case, contract)
+                again = results(providers(op)[provider], case, contract, inference)
                 for direction in first:
                     for x, y in zip(again[direction], first[direction], strict=True):
                         same(x, y, f"case '{case.name}', {direction}")
@@ -108,20 +111,23 @@ def repeatability(subject: Subject, op: str, provider: str) -> None:
 @check("L2", "a row comes out the same alone, bit for bit", batch_invariant)
 def batch_invariance(subject: Subject, op: str, provider: str) -> None:
     contract, function = CONTRACTS[op], providers(op)[provider]
-    for case in taken(subject, op, provider, torch.float32):
-        together = function(**case.arguments)
-        for row in range(0, len(together), 1 if subject.depth == "full" else 7):
-            alone = case.arguments | {name: case.arguments[name][row : row + 1] for name in contract.rows}
-            if supported(op, provider, alone):
-                same(function(**alone), together[row : row + 1], f"case '{case.name}', row {row}")
+    for case, inference in taken(subject, op, provider, torch.float32):
+        together = results(function, case, contract, inference)["forward"]
+        for row in range(0, len(together[0]), 1 if subject.depth == "full" else 7):
+            rows = {name: case.arguments[name][row : row + 1] for name in contract.rows}
+            alone = replace(case, arguments=case.arguments | rows)
+            if supported(op, provider, alone.arguments):
+                found = results(function, alone, contract, inference)["forward"]
+                for x, y in zip(found, together, strict=True):
+                    same(x, y[row : row + 1], f"case '{case.name}', row {row}")
 
 
 @check("L2", "no call changes arguments other than those its op writes", implementations)
 def arguments_stay(subject: Subject, op: str, provider: str) -> None:
-    for case in taken(subject, op, provider, torch.float32):
+    for case, inference in taken(subject, op, provider, torch.float32):
         kept = case.arguments.keys() - CONTRACTS[op].writes
         before = {name: x.clone() for name, x in case.arguments.items() if isinstance(x, Tensor) and name in kept}
-        results(providers(op)[provider], case, CONTRACTS[op])
+        results(providers(op)[provider], case, CONTRACTS[op], inference)
         for name, x in before.items():
             same(case.arguments[name], x, f"case '{case.name}', {name}")
 
@@ -133,19 +139,22 @@ def honest_predicate(subject: Subject, op: str, provider: str) -> None:
     for name in claimed:
         dtype = getattr(torch, name)
         for case in CONTRACTS[op].cases(subject.depth, dtype, subject.backend.device()):
-            answers = [supported(op, provider, case.arguments) for _ in range(2)]
-            require(all(isinstance(answer, bool) for answer in answers), f"it answers {answers[0]!r}, not a bool")
-            require(answers[0] == answers[1], f"case '{case.name}', {name}: it answers {answers[0]}, then {answers[1]}")
-            if answers[0]:
-                accepted += 1
-                _runs(providers(op)[provider], case, CONTRACTS[op], name)
+            for inference in (False, True):
+                with torch.inference_mode(inference):
+                    answers = [supported(op, provider, case.arguments) for _ in range(2)]
+                require(all(isinstance(answer, bool) for answer in answers), f"it answers {answers[0]!r}, not a bool")
+                again = f"it answers {answers[0]}, then {answers[1]}"
+                require(answers[0] == answers[1], f"case '{case.name}', {name}: {again}")
+                if answers[0]:
+                    accepted += 1
+                    _runs(providers(op)[provider], case, CONTRACTS[op], name, inference)
     subject.measure("cases taken", accepted)
     require(accepted > 0, "it takes no case of its op in any dtype")
 
 
-def _runs(function: Callable[..., Any], case: Case, contract: Contract, dtype_name: str) -> None:
+def _runs(function: Callable[..., Any], case: Case, contract: Contract, dtype_name: str, inference: bool) -> None:
     try:
-        results(function, case, contract)
+        results(function, case, contract, inference)
     except Exception as error:  # whatever it is: it said it takes the call
         raise Broken(
             f"it takes case '{case.name}' in {dtype_name} and raises {type(error).__name__}: {error}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from siirl_kernels import kernels, providers, supported
-from siirl_kernels.contracts import CONTRACTS, SCALE_ELEMENTS, Case, Contract, Tolerance, measure
+from siirl_kernels.contracts import CONTRACTS, SCALE_ELEMENTS, Case, Contract, Tolerance, measure, taken
 from tests.device_under_test import device
 
 CPU = torch.device("cpu")
@@ -20,10 +21,13 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 IMPLEMENTATIONS = [(op, provider) for op in CONTRACTS for provider in providers(op)]
 
 
-def results(function: Callable[..., Any], case: Case, contract: Contract) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs, and gradients for upstream gradients that depend on the outputs' shapes alone."""
-    leaves = {name: x.detach().requires_grad_() for name, x in contract.leaves(case).items()}
-    out = function(**case.arguments | leaves)
+def results(
+    function: Callable[..., Any], case: Case, contract: Contract, inference: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs, and outside inference mode gradients for upstream gradients that depend on the outputs' shapes alone."""
+    leaves = {} if inference else {name: x.detach().requires_grad_() for name, x in contract.leaves(case).items()}
+    with torch.inference_mode(inference):
+        out = function(**case.arguments | leaves)
     outputs = list(out) if isinstance(out, tuple) else [out]
     if not leaves:
         return outputs, []
@@ -45,11 +49,12 @@ def test_every_op_has_a_contract() -> None:
 @pytest.mark.parametrize(("op", "provider"), IMPLEMENTATIONS)
 def test_implementations_are_as_near_to_the_truth_as_promised(op: str, provider: str, dtype: torch.dtype) -> None:
     contract, function, reference = CONTRACTS[op], providers(op)[provider], providers(op)["torch"]
-    taken = [case for case in contract.cases("full", dtype, DEVICE) if supported(op, provider, case.arguments)]
-    assert taken, f"{provider} takes none of the cases of {op}"
-    for case in taken:
-        ours = results(function, case, contract)
-        truth = results(reference, case.to(CPU, torch.float64), contract)
+    calls = list(taken(op, provider, "full", dtype, DEVICE))
+    if not calls:
+        pytest.skip(f"{provider} takes no {op} in {dtype}")
+    for case, inference in calls:
+        ours = results(function, case, contract, inference)
+        truth = results(reference, case.to(CPU, torch.float64), contract, inference)
         for direction, found, expected in zip(("forward", "backward"), ours, truth, strict=True):
             for index, (x, true) in enumerate(zip(found, expected, strict=True)):
                 assert x.dtype == contract.dtype(index, direction, dtype)
@@ -58,27 +63,33 @@ def test_implementations_are_as_near_to_the_truth_as_promised(op: str, provider:
 
 
 @pytest.mark.parametrize(("op", "provider"), IMPLEMENTATIONS)
+def test_an_implementation_takes_calls(op: str, provider: str) -> None:
+    assert any(any(taken(op, provider, "full", dtype, DEVICE)) for dtype in DTYPES)
+
+
+@pytest.mark.parametrize(("op", "provider"), IMPLEMENTATIONS)
 def test_the_same_call_gives_the_same_bits(op: str, provider: str) -> None:
     contract, function = CONTRACTS[op], providers(op)[provider]
     assert contract.deterministic
-    for case in contract.cases("smoke", torch.bfloat16, DEVICE):
-        if not supported(op, provider, case.arguments):
-            continue
-        first, second = (results(function, case, contract) for _ in range(2))
+    for case, inference in taken(op, provider, "smoke", torch.bfloat16, DEVICE):
+        first, second = (results(function, case, contract, inference) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(sum(first, []), sum(second, []), strict=True)), case.name
 
 
-@pytest.mark.parametrize("op", [op for op, contract in CONTRACTS.items() if contract.batch_invariant])
-def test_a_row_comes_out_the_same_alone(op: str) -> None:
-    contract = CONTRACTS[op]
-    for provider, function in providers(op).items():
-        for case in contract.cases("full", torch.float32, DEVICE):
-            if not supported(op, provider, case.arguments):
+@pytest.mark.parametrize(
+    ("op", "provider"), [pair for pair in IMPLEMENTATIONS if CONTRACTS[pair[0]].invariant(pair[1])]
+)
+def test_a_row_comes_out_the_same_alone(op: str, provider: str) -> None:
+    contract, function = CONTRACTS[op], providers(op)[provider]
+    for case, inference in taken(op, provider, "full", torch.float32, DEVICE):
+        together, _ = results(function, case, contract, inference)
+        for row in range(len(together[0])):
+            alone = {name: case.arguments[name][row : row + 1] for name in contract.rows}
+            if not supported(op, provider, case.arguments | alone):
                 continue
-            together = function(**case.arguments)
-            for row in range(len(together)):
-                alone = {name: case.arguments[name][row : row + 1] for name in contract.rows}
-                assert torch.equal(function(**case.arguments | alone), together[row : row + 1]), (provider, case.name)
+            found, _ = results(function, replace(case, arguments=case.arguments | alone), contract, inference)
+            for x, y in zip(found, together, strict=True):
+                assert torch.equal(x, y[row : row + 1]), (provider, case.name)
 
 
 @pytest.mark.parametrize("level", ["smoke", "full", "perf"])

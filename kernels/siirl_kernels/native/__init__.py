@@ -1,0 +1,89 @@
+"""C++ for a host, provider ``native``: what a token's step consists of, where few rows make PyTorch's calls dear.
+
+Only generation uses it: its ops have no gradients. Importing registers; nothing is compiled until a table is bound.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from siirl_kernels.native import functions
+from siirl_kernels.native.build import unavailable
+from siirl_kernels.paging import PagedSequences
+from siirl_kernels.registry import implementation, provider
+
+provider("native", unavailable)
+
+# With more rows PyTorch's matrix product has enough work to be as fast.
+_FEW = 128
+_TILE = 32
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _takes(*tensors: Tensor) -> bool:
+    dtype = tensors[0].dtype
+    return dtype in _DTYPES and all(x.dtype == dtype and x.is_cpu and x.is_contiguous() for x in tensors)
+
+
+def _multiplies(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> bool:
+    if not 0 < len(x_TH) <= _FEW or not _takes(x_TH, weight_OH):
+        return False
+    if bias is not None and not _takes(bias, x_TH):
+        return False
+    outputs, hidden = weight_OH.shape
+    return x_TH.dtype == torch.float32 or (hidden % _TILE == 0 == outputs % _TILE and functions.has_tiles())
+
+
+@implementation("inference_linear", "native", supports=_multiplies)
+def inference_linear(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> Tensor:
+    return functions.linear(x_TH, weight_OH, bias)
+
+
+def _attends(
+    q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, sequences: PagedSequences
+) -> bool:
+    return len(q_TND) > 0 and _takes(q_TND, k_TKD, v_TKD, keys_PSKD, values_PSKD)
+
+
+@implementation("paged_attention", "native", supports=_attends)
+def paged_attention(
+    q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, sequences: PagedSequences
+) -> Tensor:
+    return functions.paged_attention(q_TND, k_TKD, v_TKD, keys_PSKD, values_PSKD, sequences)
+
+
+def _draws(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> bool:
+    return _takes(logits_BV) and uniform_B.dtype == torch.float32 and uniform_B.is_cpu and uniform_B.is_contiguous()
+
+
+@implementation("categorical", "native", supports=_draws)
+def categorical(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    return functions.categorical(logits_BV, uniform_B, temperature)
+
+
+def _normalises(x: Tensor, weight: Tensor, eps: float) -> bool:
+    return torch.is_inference_mode_enabled() and _takes(x, weight)
+
+
+@implementation("rms_norm", "native", supports=_normalises)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return functions.rms_norm(x, weight, eps)
+
+
+def _rotates(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> bool:
+    return torch.is_inference_mode_enabled() and _takes(x_TND, cos_TD, sin_TD)
+
+
+@implementation("rope", "native", supports=_rotates)
+def rope(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    return functions.rope(x_TND, cos_TD, sin_TD)
+
+
+def _activates(gate: Tensor, up: Tensor) -> bool:
+    return torch.is_inference_mode_enabled() and _takes(gate, up)
+
+
+@implementation("swiglu", "native", supports=_activates)
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return functions.swiglu(gate, up)

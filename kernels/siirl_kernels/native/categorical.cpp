@@ -1,0 +1,123 @@
+// A row of logits: its softmax's sum, a token drawn from it, a token's log-prob, its entropy.
+//
+// Drawing and training's log-probs share `Row`, so a token's log-prob has the same bits in both.
+#include <vector>
+
+#include "vec.h"
+
+namespace siirl {
+namespace {
+
+constexpr int64_t BLOCK = 256;  // summed in float32; blocks add up in float64
+
+template <class E>
+struct Row {
+    const E* logits;
+    int64_t words;
+    float temperature;
+    float top = -INF;
+    double total = 0.0, weighted = 0.0;  // sum of e^(z - top), and of that times z - top
+
+    Row(const E* logits, int64_t words, float temperature)
+        : logits(logits), words(words), temperature(temperature) {
+        vec m = splat(-INF);
+        for (int64_t i = 0; i < words; i += LANES) m = larger(scaled(i), m);
+        top = largest(m);
+    }
+
+    vec scaled(int64_t i) const {
+        vec z = load_upto(logits + i, words - i, -INF);
+        return temperature == 1.0f ? z : z / temperature;
+    }
+
+    // Sums of the blocks go to `blocks` if it is given.
+    template <bool ENTROPY>
+    void add_up(double* blocks) {
+        for (int64_t from = 0; from < words; from += BLOCK) {
+            vec part = {}, product = {};
+            for (int64_t i = from; i < from + BLOCK && i < words; i += LANES) {
+                vec z = scaled(i) - top, e = exp(z);
+                part += e;
+                if (ENTROPY) product += z > -86.5f ? e * z : vec{};
+            }
+            double block = sum(part);
+            if (blocks) blocks[from / BLOCK] = block;
+            total += block;
+            if (ENTROPY) weighted += sum(product);
+        }
+    }
+
+    float log_prob(int64_t token) const {
+        float z = widen(logits[token]);
+        if (temperature != 1.0f) z /= temperature;
+        return float(double(z - top) - std::log(total));
+    }
+
+    float entropy() const { return float(std::log(total) - weighted / total); }
+
+    int64_t first_of_largest() const {
+        for (int64_t i = 0; i < words; i++)
+            if (widen(logits[i]) == top) return i;
+        return 0;
+    }
+
+    // The first token at which the cumulated sum exceeds uniform * total; rounding never takes it past the last.
+    int64_t draw(float uniform, const double* blocks) const {
+        double wanted = uniform * total, before = 0.0;
+        int64_t from = 0, last = 0;
+        for (; from + BLOCK < words && before + blocks[from / BLOCK] <= wanted; from += BLOCK)
+            before += blocks[from / BLOCK];
+        for (int64_t i = from; i < words; i += LANES) {
+            float e[LANES];
+            store(e, exp(scaled(i) - top));
+            for (int lane = 0; lane < LANES && i + lane < words; lane++) {
+                before += e[lane];
+                if (e[lane] > 0.0f) last = i + lane;
+                if (before > wanted && e[lane] > 0.0f) return last;
+            }
+        }
+        for (int64_t i = from; last == 0 && i > 0; i--)  // all behind `from` are impossible
+            if (widen(logits[i]) > -INF) last = i;
+        return last;
+    }
+};
+
+template <class E>
+void categorical(const E* logits, const float* uniform, int64_t rows, int64_t words, float temperature, int64_t* tokens,
+                 float* log_probs) {
+#pragma omp parallel for schedule(static) if (rows * words > 16384)
+    for (int64_t r = 0; r < rows; r++) {
+        Row<E> row(logits + r * words, words, temperature == 0.0f ? 1.0f : temperature);
+        std::vector<double> blocks((words + BLOCK - 1) / BLOCK);
+        row.template add_up<false>(blocks.data());
+        tokens[r] = temperature == 0.0f ? row.first_of_largest() : row.draw(uniform[r], blocks.data());
+        log_probs[r] = row.log_prob(tokens[r]);
+    }
+}
+
+}  // namespace
+}  // namespace siirl
+
+using namespace siirl;
+
+extern "C" {
+
+void siirl_categorical(int half, const void* logits, const float* uniform, int64_t rows, int64_t words,
+                       float temperature, int64_t* tokens, float* log_probs) {
+    if (half)
+        categorical((const bf16*)logits, uniform, rows, words, temperature, tokens, log_probs);
+    else
+        categorical((const float*)logits, uniform, rows, words, temperature, tokens, log_probs);
+}
+
+void siirl_log_prob(const float* logits, const int64_t* targets, int64_t rows, int64_t words, float temperature,
+                    float* log_probs, float* entropies) {
+#pragma omp parallel for schedule(static) if (rows * words > 16384)
+    for (int64_t r = 0; r < rows; r++) {
+        Row<float> row(logits + r * words, words, temperature);
+        row.add_up<true>(nullptr);
+        log_probs[r] = row.log_prob(targets[r]);
+        entropies[r] = row.entropy();
+    }
+}
+}

@@ -1,0 +1,51 @@
+// x · weightᵀ for few rows of float32, the weight as it is, read once: [T, H] · [O, H]ᵀ + bias = [T, O].
+#include <algorithm>
+
+#include "vec.h"
+
+namespace siirl {
+namespace {
+
+constexpr int64_t CACHED = 28 * 1024;  // bytes of weight that stay in the first-level cache beside four rows of x
+
+template <int R, int C>
+void tile(const float* x, const float* w, const float* bias, float* out, int64_t hidden, int64_t outputs, int64_t o) {
+    const float *rows[R], *columns[C];
+    int64_t width = std::min<int64_t>(C, outputs - o);
+    for (int r = 0; r < R; r++) rows[r] = x + r * hidden;
+    for (int c = 0; c < C; c++) columns[c] = w + (o + std::min<int64_t>(c, width - 1)) * hidden;
+    float found[LANES];
+    store(found, dots<R, C>(rows, columns, hidden));
+    for (int r = 0; r < R; r++)
+        for (int64_t c = 0; c < width; c++)
+            out[r * outputs + o + c] = bias ? found[r * C + c] + bias[o + c] : found[r * C + c];
+}
+
+template <int R, int C>
+void strip(const float* x, const float* w, const float* bias, float* out, int64_t hidden, int64_t outputs, int64_t o,
+           int64_t end) {
+    for (; o < end; o += C) tile<R, C>(x, w, bias, out, hidden, outputs, o);
+}
+
+}  // namespace
+}  // namespace siirl
+
+using namespace siirl;
+
+extern "C" void siirl_linear(const float* x, const float* w, const float* bias, float* out, int64_t tokens,
+                             int64_t hidden, int64_t outputs) {
+    int64_t group = std::max<int64_t>(1, CACHED / (LANES * 4 * std::max<int64_t>(hidden, 1))) * LANES;
+    if (tokens > 2 && group * hidden * 4 > CACHED) group = std::max<int64_t>(4, CACHED / (16 * hidden) * 4);
+    int64_t groups = (outputs + group - 1) / group;
+#pragma omp parallel for schedule(static) if (tokens * hidden * outputs > 32768)
+    for (int64_t g = 0; g < groups; g++) {
+        int64_t from = g * group, to = std::min(outputs, from + group), t = 0;
+        for (; t + 4 <= tokens; t += 4)
+            strip<4, 4>(x + t * hidden, w, bias, out + t * outputs, hidden, outputs, from, to);
+        const float* rest = x + t * hidden;
+        float* into = out + t * outputs;
+        if (tokens - t == 3) strip<3, 4>(rest, w, bias, into, hidden, outputs, from, to);
+        if (tokens - t == 2) strip<2, 8>(rest, w, bias, into, hidden, outputs, from, to);
+        if (tokens - t == 1) strip<1, 16>(rest, w, bias, into, hidden, outputs, from, to);
+    }
+}
