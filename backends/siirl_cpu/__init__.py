@@ -98,7 +98,8 @@ class CpuBackend(TorchBackend):
 
     def load(self) -> None:
         self._torch = importlib.import_module("torch")
-        importlib.import_module("siirl_kernels.native")
+        for provider in ("native", "invariant"):
+            importlib.import_module(f"siirl_kernels.{provider}")
 
     def _bind_device(self, local_rank: int) -> None:
         pass  # every worker of a node shares the host

@@ -17,7 +17,8 @@ _CHUNK_ELEMENTS = 16 * 2**20
 _KEPT_CHUNKS = 2
 
 
-def _chunks(tokens: int, vocabulary: int) -> list[tuple[int, int]]:
+def chunks(tokens: int, vocabulary: int) -> list[tuple[int, int]]:
+    """Where the chunks of tokens begin and end."""
     size = max(1, _CHUNK_ELEMENTS // vocabulary)
     return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
@@ -38,7 +39,7 @@ class LinearLogProb(torch.autograd.Function):
         log_prob = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(log_prob)
         kept: list[Tensor] = []
-        for start, end in _chunks(tokens, vocabulary):
+        for start, end in chunks(tokens, vocabulary):
             log_p = _log_softmax(hidden[start:end], weight, temperature)
             log_prob[start:end] = log_p.gather(1, target[start:end, None]).squeeze(1)
             entropy[start:end] = -(log_p.exp() * log_p).sum(-1)
@@ -58,7 +59,7 @@ class LinearLogProb(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # hundreds of chunks would round away in bfloat16
         if grad_log_prob is None:
             grad_log_prob = torch.zeros_like(entropy)
-        for i, (start, end) in enumerate(_chunks(hidden.shape[0], weight.shape[0])):
+        for i, (start, end) in enumerate(chunks(hidden.shape[0], weight.shape[0])):
             log_p = kept[i] if kept else _log_softmax(hidden[start:end], weight, ctx.temperature)
             grad = log_p.exp()
             g_log_prob = grad_log_prob[start:end, None]

@@ -15,9 +15,13 @@ from siirl_kernels.registry import implementation, provider
 
 provider("native", unavailable)
 
-# With more rows PyTorch's matrix product has enough work to be as fast.
-_FEW = 128
+# Where PyTorch's matrix product does not have more rows to fill its blocks with: float32, bfloat16.
+_FEW, _FEW_IN_TILES = 32, 128
+# A dot product of fewer numbers is sooner done than its lanes are added up.
+_LONG = 256
 _TILE = 32
+# PyTorch's attention multiplies long chunks of a bfloat16 prompt in tiles too.
+_PROMPT = 256
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -27,12 +31,12 @@ def _takes(*tensors: Tensor) -> bool:
 
 
 def _multiplies(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> bool:
-    if not 0 < len(x_TH) <= _FEW or not _takes(x_TH, weight_OH):
+    tokens, hidden = x_TH.shape
+    if not 0 < tokens <= _FEW_IN_TILES or not _takes(x_TH, weight_OH) or not (bias is None or _takes(x_TH, bias)):
         return False
-    if bias is not None and not _takes(bias, x_TH):
-        return False
-    outputs, hidden = weight_OH.shape
-    return x_TH.dtype == torch.float32 or (hidden % _TILE == 0 == outputs % _TILE and functions.has_tiles())
+    if x_TH.dtype == torch.float32:
+        return tokens <= _FEW and hidden >= _LONG
+    return hidden % _TILE == 0 == len(weight_OH) % _TILE and functions.has_tiles()
 
 
 @implementation("inference_linear", "native", supports=_multiplies)
@@ -43,6 +47,8 @@ def inference_linear(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> Te
 def _attends(
     q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, sequences: PagedSequences
 ) -> bool:
+    if q_TND.dtype == torch.bfloat16 and sequences.longest_query >= _PROMPT:
+        return False
     return len(q_TND) > 0 and _takes(q_TND, k_TKD, v_TKD, keys_PSKD, values_PSKD)
 
 

@@ -111,6 +111,15 @@ void softmax(float* row, int64_t sees, int64_t width) {
     std::fill(row + end, row + std::max(end, width), 0.0f);
 }
 
+// Rows lie apart by the other heads, a step that hardware does not foresee.
+template <class E>
+void foresee(const E* base, const int64_t* offsets, int64_t stride, int64_t count, int64_t size) {
+    for (int64_t j = 0; j < count; j++) {
+        const char* from = (const char*)(base + offsets[j] * stride);
+        for (int64_t i = 0; i < size * int64_t(sizeof(E)); i += 64) __builtin_prefetch(from + i);
+    }
+}
+
 // One problem: `rows` rows of q (padded float32, scaled); row r sees the first sees[r] keys.
 template <class E>
 void attend(const float* q, int64_t rows, const int64_t* sees, const E* keys, const E* values, const int64_t* offsets,
@@ -122,6 +131,9 @@ void attend(const float* q, int64_t rows, const int64_t* sees, const E* keys, co
     float* scores = s.scores.data();
     for (int64_t j = 0; j < longest; j += KEYS) {
         int64_t count = std::min<int64_t>(KEYS, longest - j), r = 0;
+        int64_t next = std::min<int64_t>(KEYS, longest - j - count);
+        foresee(keys, offsets + j + count, stride, next, shape.size);
+        if (next == 0) foresee(values, offsets, stride, std::min<int64_t>(KEYS, longest), shape.size);
         gather(keys, offsets + j, stride, count, shape, s.keys, s.at.data());
         for (; r + 4 <= rows; r += 4) score<4, 4>(q + r * padded, padded, s.at.data(), count, scores + r * width + j, width);
         const float* rest = q + r * padded;
@@ -134,6 +146,7 @@ void attend(const float* q, int64_t rows, const int64_t* sees, const E* keys, co
     std::fill(out, out + rows * padded, 0.0f);
     for (int64_t j = 0; j < longest; j += KEYS) {
         int64_t count = std::min<int64_t>(KEYS, longest - j), r = 0;
+        foresee(values, offsets + j + count, stride, std::min<int64_t>(KEYS, longest - j - count), shape.size);
         gather(values, offsets + j, stride, count, shape, s.values, s.at.data());
         for (; r + 4 <= rows; r += 4) mix_all<4>(scores + r * width + j, width, s.at.data(), count, out + r * padded, padded);
         const float* weights = scores + r * width + j;

@@ -1,6 +1,7 @@
-"""The library's functions as Python calls on tensors. They take what their callers have checked: contiguous, on the host.
+"""The library's functions as Python calls on tensors, which their callers have checked: contiguous, on the host.
 
-Shapes: T tokens, H hidden, O outputs, N query heads, K key/value heads, D head size, P blocks, S slots, B rows, V words.
+Shapes: T tokens, H hidden, O outputs, N query heads, K key/value heads, D head size, P blocks, S slots, B rows,
+V words.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def linear(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> Tensor:
     """float32 by dot products of one fixed order, bfloat16 in tiles."""
     tokens, outputs = x_TH.shape[0], weight_OH.shape[0]
     out = x_TH.new_empty(tokens, outputs)
-    name = "siirl_linear" if x_TH.dtype == torch.float32 else "siirl_tiles_linear"
-    _function(name)(x_TH.data_ptr(), weight_OH.data_ptr(), _at(bias), out.data_ptr(), tokens, x_TH.shape[1], outputs)
+    pointers = (x_TH.data_ptr(), weight_OH.data_ptr(), _at(bias), out.data_ptr())
+    _function("siirl_tiles_linear" if _half(x_TH) else "siirl_linear")(*pointers, tokens, x_TH.shape[1], outputs)
     return out
 
 

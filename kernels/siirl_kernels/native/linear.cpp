@@ -6,6 +6,7 @@
 namespace siirl {
 namespace {
 
+constexpr int64_t BLOCK = 128;          // tokens whose x stays in the second-level cache
 constexpr int64_t CACHED = 28 * 1024;  // bytes of weight that stay in the first-level cache beside four rows of x
 
 template <int R, int C>
@@ -27,6 +28,19 @@ void strip(const float* x, const float* w, const float* bias, float* out, int64_
     for (; o < end; o += C) tile<R, C>(x, w, bias, out, hidden, outputs, o);
 }
 
+// Outputs `from` … `to` of all tokens.
+void columns(const float* x, const float* w, const float* bias, float* out, int64_t tokens, int64_t hidden,
+             int64_t outputs, int64_t from, int64_t to) {
+    int64_t t = 0;
+    for (; t + 4 <= tokens; t += 4)
+        strip<4, 4>(x + t * hidden, w, bias, out + t * outputs, hidden, outputs, from, to);
+    const float* rest = x + t * hidden;
+    float* into = out + t * outputs;
+    if (tokens - t == 3) strip<3, 4>(rest, w, bias, into, hidden, outputs, from, to);
+    if (tokens - t == 2) strip<2, 8>(rest, w, bias, into, hidden, outputs, from, to);
+    if (tokens - t == 1) strip<1, 16>(rest, w, bias, into, hidden, outputs, from, to);
+}
+
 }  // namespace
 }  // namespace siirl
 
@@ -34,18 +48,14 @@ using namespace siirl;
 
 extern "C" void siirl_linear(const float* x, const float* w, const float* bias, float* out, int64_t tokens,
                              int64_t hidden, int64_t outputs) {
-    int64_t group = std::max<int64_t>(1, CACHED / (LANES * 4 * std::max<int64_t>(hidden, 1))) * LANES;
-    if (tokens > 2 && group * hidden * 4 > CACHED) group = std::max<int64_t>(4, CACHED / (16 * hidden) * 4);
+    int64_t group = std::max<int64_t>(4, CACHED / (LANES * std::max<int64_t>(hidden, 1)) * 4);
+    if (tokens < 4) group = (group + LANES - 1) / LANES * LANES;  // their strips are up to as wide
     int64_t groups = (outputs + group - 1) / group;
-#pragma omp parallel for schedule(static) if (tokens * hidden * outputs > 32768)
-    for (int64_t g = 0; g < groups; g++) {
-        int64_t from = g * group, to = std::min(outputs, from + group), t = 0;
-        for (; t + 4 <= tokens; t += 4)
-            strip<4, 4>(x + t * hidden, w, bias, out + t * outputs, hidden, outputs, from, to);
-        const float* rest = x + t * hidden;
-        float* into = out + t * outputs;
-        if (tokens - t == 3) strip<3, 4>(rest, w, bias, into, hidden, outputs, from, to);
-        if (tokens - t == 2) strip<2, 8>(rest, w, bias, into, hidden, outputs, from, to);
-        if (tokens - t == 1) strip<1, 16>(rest, w, bias, into, hidden, outputs, from, to);
+    for (int64_t t = 0; t < tokens; t += BLOCK) {
+        int64_t count = std::min(BLOCK, tokens - t);
+#pragma omp parallel for schedule(static) if (count * hidden * outputs > 262144)
+        for (int64_t g = 0; g < groups; g++)
+            columns(x + t * hidden, w, bias, out + t * outputs, count, hidden, outputs, g * group,
+                    std::min(outputs, (g + 1) * group));
     }
 }

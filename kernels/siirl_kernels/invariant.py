@@ -1,0 +1,188 @@
+"""Provider ``invariant``: float32 on a host, where no bit of a token depends on what is computed beside it.
+
+Every sum has one order of additions (``native/vec.h``), so a token's numbers are the same alone or in any batch, with
+any number of threads, in a prompt cut anywhere, and in generation (:func:`paged_attention`) as in training
+(:func:`packed_attention`): the log-prob that :func:`categorical` reports is the one :func:`linear_log_prob` finds.
+Gradients are those of the references, from the inputs alone. In other dtypes the references run, which promise none of
+this. The order never asks for these implementations; :func:`invariant_pins` pins them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from siirl_kernels import reference
+from siirl_kernels.linear_log_prob import LinearLogProb, chunks
+from siirl_kernels.native import functions
+from siirl_kernels.native.build import unavailable
+from siirl_kernels.packing import PackedSequences
+from siirl_kernels.paging import PagedSequences
+from siirl_kernels.registry import implementation, obstacle, provider
+
+PROVIDER = "invariant"
+OPS = (
+    "rms_norm",
+    "rope",
+    "swiglu",
+    "linear",
+    "inference_linear",
+    "packed_attention",
+    "paged_attention",
+    "linear_log_prob",
+    "categorical",
+)
+
+provider(PROVIDER, unavailable)
+
+
+def invariant_pins() -> dict[str, str]:
+    """Pins for :func:`siirl_kernels.bind` that bind every op of generation and training to this provider.
+
+    Raises:
+        ValueError: the C++ cannot be compiled here.
+    """
+    if why := obstacle(PROVIDER):
+        raise ValueError(f"batch-invariant kernels need a C++ compiler on this machine: {why}")
+    return dict.fromkeys(OPS, PROVIDER)
+
+
+class _AsReference(torch.autograd.Function):
+    """``function`` forward; backward the gradients of ``formula``, which is computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], formula: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        ctx.formula = formula
+        ctx.others = [None if isinstance(x, Tensor) else x for x in arguments]
+        ctx.at = [i for i, x in enumerate(arguments) if isinstance(x, Tensor)]
+        ctx.save_for_backward(*(arguments[i] for i in ctx.at))
+        return function(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        arguments, needed = list(ctx.others), []
+        for i, x in zip(ctx.at, ctx.saved_tensors, strict=True):
+            arguments[i] = x.detach().requires_grad_(ctx.needs_input_grad[2 + i])
+            if ctx.needs_input_grad[2 + i]:
+                needed.append(i)
+        with torch.enable_grad():
+            out = ctx.formula(*arguments)
+        found = torch.autograd.grad(out, [arguments[i] for i in needed], gradients)
+        by_place = dict(zip(needed, found, strict=True))
+        return (None, None, *(by_place.get(i) for i in range(len(arguments))))
+
+
+def _differentiable(function: Callable[..., Tensor], formula: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """``function`` of the arguments, tensors made contiguous; recorded only where a gradient may be asked for."""
+    arguments = tuple(x.contiguous() if isinstance(x, Tensor) else x for x in arguments)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+        return _AsReference.apply(function, formula, *arguments)
+    return function(*arguments)
+
+
+def _single(*tensors: Tensor) -> bool:
+    return all(x.dtype == torch.float32 and x.is_cpu for x in tensors)
+
+
+def _normalises(x: Tensor, weight: Tensor, eps: float) -> bool:
+    return _single(x, weight)
+
+
+@implementation("rms_norm", PROVIDER, supports=_normalises)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _differentiable(functions.rms_norm, reference.rms_norm, x, weight, eps)
+
+
+def _rotates(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> bool:
+    return _single(x_TND, cos_TD, sin_TD)
+
+
+@implementation("rope", PROVIDER, supports=_rotates)
+def rope(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    return _differentiable(functions.rope, reference.rope, x_TND, cos_TD, sin_TD)
+
+
+def _activates(gate: Tensor, up: Tensor) -> bool:
+    return _single(gate, up)
+
+
+@implementation("swiglu", PROVIDER, supports=_activates)
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return _differentiable(functions.swiglu, reference.swiglu, gate, up)
+
+
+def _multiplies(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> bool:
+    return _single(x_TH, weight_OH) and (bias is None or _single(bias))
+
+
+@implementation("linear", PROVIDER, supports=_multiplies)
+def linear(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> Tensor:
+    return _differentiable(functions.linear, reference.linear, x_TH, weight_OH, bias)
+
+
+@implementation("inference_linear", PROVIDER, supports=_multiplies)
+def inference_linear(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> Tensor:
+    return functions.linear(x_TH.contiguous(), weight_OH.contiguous(), bias if bias is None else bias.contiguous())
+
+
+def _attends_packed(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, sequences: PackedSequences) -> bool:
+    return _single(q_TND, k_TKD, v_TKD)
+
+
+@implementation("packed_attention", PROVIDER, supports=_attends_packed)
+def packed_attention(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, sequences: PackedSequences) -> Tensor:
+    return _differentiable(functions.packed_attention, reference.packed_attention, q_TND, k_TKD, v_TKD, sequences)
+
+
+def _attends_paged(
+    q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, sequences: PagedSequences
+) -> bool:
+    caches = keys_PSKD.is_contiguous() and values_PSKD.is_contiguous()
+    return caches and _single(q_TND, k_TKD, v_TKD, keys_PSKD, values_PSKD)
+
+
+@implementation("paged_attention", PROVIDER, supports=_attends_paged)
+def paged_attention(
+    q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, sequences: PagedSequences
+) -> Tensor:
+    new = (x.contiguous() for x in (q_TND, k_TKD, v_TKD))
+    return functions.paged_attention(*new, keys_PSKD, values_PSKD, sequences)
+
+
+class _InvariantLogProb(LinearLogProb):
+    """Logits by :func:`linear`, log-probs by the code that draws tokens; the backward pass is the reference's."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        log_prob = torch.empty(len(hidden), dtype=torch.float32)
+        entropy = torch.empty_like(log_prob)
+        for start, end in chunks(len(hidden), len(weight)):
+            logits = functions.linear(hidden[start:end], weight, None)
+            functions.log_prob(logits, target[start:end], temperature, log_prob[start:end], entropy[start:end])
+        ctx.save_for_backward(hidden, weight, target, entropy)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return log_prob, entropy
+
+
+def _scores(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, temperature: float) -> bool:
+    return _single(hidden_TH, weight_VH)
+
+
+@implementation("linear_log_prob", PROVIDER, supports=_scores)
+def linear_log_prob(
+    hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    return _InvariantLogProb.apply(hidden_TH.contiguous(), weight_VH.contiguous(), target_T.contiguous(), temperature)
+
+
+def _draws(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> bool:
+    return _single(logits_BV, uniform_B)
+
+
+@implementation("categorical", PROVIDER, supports=_draws)
+def categorical(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    return functions.categorical(logits_BV.contiguous(), uniform_B.contiguous(), temperature)
