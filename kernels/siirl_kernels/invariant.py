@@ -148,8 +148,8 @@ def _attends_paged(
 def paged_attention(
     q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, sequences: PagedSequences
 ) -> Tensor:
-    new = (x.contiguous() for x in (q_TND, k_TKD, v_TKD))
-    return functions.paged_attention(*new, keys_PSKD, values_PSKD, sequences)
+    q_TND, k_TKD, v_TKD = (x.contiguous() for x in (q_TND, k_TKD, v_TKD))
+    return functions.paged_attention(q_TND, k_TKD, v_TKD, keys_PSKD, values_PSKD, sequences)
 
 
 class _InvariantLogProb(LinearLogProb):

@@ -22,8 +22,8 @@ FLOATS = ("float32", "float16", "bfloat16")
 
 
 def implementations(subject: Subject) -> Iterator[tuple[str, str]]:
-    """(op, provider) of what the back end may bind, the reference included: it runs on the device like any other."""
-    order = subject.backend.kernel_order()
+    """(op, provider) of what may be bound: in the back end's order, which ends in the reference, and by pins alone."""
+    order = (*subject.backend.kernel_order(), contracts.INVARIANT)
     for op in CONTRACTS:
         yield from ((op, provider) for provider in order if provider in providers(op))
 

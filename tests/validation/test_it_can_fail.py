@@ -143,6 +143,10 @@ KERNELS = [
     ),
     (wrong_kernels.entropy_of_base_2, "linear_log_prob", "accuracy[linear_log_prob-native-float32]", "forward 1"),
     (wrong_kernels.sees_unwritten_cache, "decode_attention", "accuracy[decode_attention-native-float32]", "forward 0"),
+    (wrong_kernels.sees_later_tokens, "paged_attention", "accuracy[paged_attention-native-float32]", "prompts"),
+    (wrong_kernels.bias_forgotten, "linear", "accuracy[linear-native-float32]", "with a bias"),
+    (wrong_kernels.log_prob_at_temperature_1, "categorical", "accuracy[categorical-native-float32]", "temperature 0.7"),
+    (wrong_kernels.sums_by_rows, "linear", "batch_invariance[linear-invariant]", "row "),
     (wrong_kernels.random_last_bits, "swiglu", "repeatability[swiglu-native]", "elements differ"),
     (wrong_kernels.writes_into_its_argument, "swiglu", "arguments_stay[swiglu-native]", "gate: "),
     (wrong_kernels.depends_on_the_batch, "rope", "batch_invariance[rope-native]", "row 0"),
@@ -162,7 +166,7 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("own_registry")
 @pytest.mark.parametrize(("kernel", "op", "name", "says"), KERNELS, ids=[row[0].__name__ for row in KERNELS])
 def test_a_broken_kernel(kernel: Callable[..., Any], op: str, name: str, says: str) -> None:
-    implementation(op, "native")(kernel)
+    implementation(op, "invariant" if "-invariant" in name else "native")(kernel)
     with prepared(loaded(CpuBackend), "smoke") as subject:
         breaks(subject, f"L2.{name}", says)
 
@@ -183,7 +187,7 @@ def test_a_dishonest_predicate(predicate: Callable[..., bool], says: str) -> Non
 def test_another_kernel_than_the_order_says() -> None:
     implementation("swiglu", "native")(wrong_kernels.REFERENCE["swiglu"])
     with prepared(loaded(CpuBackend), "smoke") as subject:
-        registry.bind([])
+        registry.bind(subject.backend.kernel_order(), {"swiglu": "torch"})
         breaks(subject, "L2.bound_table", "swiglu is bound to torch, first in order is native")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,10 +12,21 @@ from torch import Tensor
 
 from siirl_kernels import providers
 from siirl_kernels.packing import PackedSequences
+from siirl_kernels.paging import PagedSequences
 
 REFERENCE = {
     op: providers(op)["torch"]
-    for op in ("rms_norm", "rope", "swiglu", "packed_attention", "linear_log_prob", "decode_attention")
+    for op in (
+        "rms_norm",
+        "rope",
+        "swiglu",
+        "packed_attention",
+        "linear_log_prob",
+        "decode_attention",
+        "paged_attention",
+        "linear",
+        "categorical",
+    )
 }
 
 
@@ -116,3 +128,38 @@ def answers_in_turn() -> Callable[[Tensor, Tensor], bool]:
         return state["answer"]
 
     return predicate
+
+
+def sees_later_tokens(
+    q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, sequences: PagedSequences
+) -> Tensor:
+    """Every new token attends as if it were the last of its sequence."""
+    counts = sequences.starts.diff()
+    alone = replace(
+        sequences,
+        tables=sequences.tables.repeat_interleave(counts, 0),
+        lengths=sequences.lengths.repeat_interleave(counts),
+        starts=torch.arange(len(q_TND) + 1),
+        longest_query=min(1, len(q_TND)),
+    )
+    return REFERENCE["paged_attention"](q_TND, k_TKD, v_TKD, keys_PSKD, values_PSKD, alone)
+
+
+def bias_forgotten(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> Tensor:
+    """The bias reaches its gradient alone."""
+    return REFERENCE["linear"](x_TH, weight_OH, None if bias is None else 0 * bias)
+
+
+def log_prob_at_temperature_1(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Draws at the temperature, reports the log-prob at 1."""
+    tokens, _ = REFERENCE["categorical"](logits_BV, uniform_B, temperature)
+    return tokens, logits_BV.float().log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+
+
+def sums_by_rows(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> Tensor:
+    """Few rows are added up in another order than many."""
+    if len(x_TH) > 4:
+        return REFERENCE["linear"](x_TH, weight_OH, bias)
+    half = x_TH.shape[1] // 2
+    first, second = (F.linear(x_TH[:, at], weight_OH[:, at]) for at in (slice(half), slice(half, None)))
+    return first + second if bias is None else first + second + bias
