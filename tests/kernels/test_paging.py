@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
-from siirl_kernels import kernels
+from siirl_kernels import bind, kernels, providers
 from siirl_kernels.paging import PagedSequences
+from tests.device_under_test import device
 from tests.kernels.test_reference import attend_naively, random
+
+assert device()  # whose back end brings implementations of its own
+
+
+@pytest.fixture(params=[name for name in providers("categorical") if name != "ascend"], autouse=True)
+def _bound(request: pytest.FixtureRequest) -> Iterator[None]:
+    bind([], dict.fromkeys(("paged_attention", "categorical"), request.param))
+    yield
+    bind([])
 
 
 def test_new_tokens_are_the_last_of_their_sequence() -> None:
@@ -32,10 +44,10 @@ def test_a_block_too_few_is_an_error() -> None:
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_chunk_by_chunk_is_the_whole_sequence(chunk: int) -> None:
     lengths, tables, slots = (11, 4, 8), [[5, 0, 8], [2], [6, 1]], 4
-    q, k, v = (random(sum(lengths), heads, 6, seed=heads) for heads in (4, 2, 1))
-    v = v.expand(-1, 2, -1)
+    q, k, v = (random(sum(lengths), heads, 6, seed=heads).float() for heads in (4, 2, 1))
+    v = v.repeat(1, 2, 1)
     expected = attend_naively(q, k, v, lengths)
-    caches = torch.full((2, 9, slots, 2, 6), torch.nan, dtype=torch.float64)
+    caches = torch.full((2, 9, slots, 2, 6), torch.nan)
     starts, found = [0, 11, 15], torch.empty_like(q)
     for first in range(0, max(lengths), chunk):
         rows = [row for row in range(3) if first < lengths[row]]
@@ -69,6 +81,18 @@ def test_the_ends_of_the_unit_interval_draw_tokens_that_may_be_drawn() -> None:
     tokens, log_probs = kernels.categorical(logits, torch.tensor([0.0, 1 - 2**-24]), 1.0)
     assert tokens.tolist() == [1, 2]
     assert log_probs.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_token_is_drawn_as_often_as_its_probability_says(dtype: torch.dtype) -> None:
+    """At n equidistant numbers each token is drawn n p times, up to the two at its borders."""
+    logits = (3 * random(700)).to(dtype)
+    count = 4096
+    uniform = (torch.arange(count) + 0.5) / count
+    tokens, _ = kernels.categorical(logits.repeat(count, 1), uniform, 0.8)
+    expected = (logits.double() / 0.8).softmax(-1) * count
+    assert ((torch.bincount(tokens, minlength=700) - expected).abs() < 1.01).all()
+    assert (tokens.diff() >= 0).all()
 
 
 def test_greedy_takes_the_first_of_the_largest() -> None:
