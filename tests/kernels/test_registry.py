@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from siirl_kernels import bind, implementation, kernels, providers, registry, resolved, supported, table_hash
+from siirl_kernels import bind, implementation, kernels, providers, registry, supported, table_hash
 
 
 @pytest.fixture(autouse=True)
