@@ -106,6 +106,18 @@ class RolloutConfig(Section):
     min_p: Fraction = Field(0.0, description="leave out tokens less likely than this share of the likeliest one's")
     ignore_eos: bool = Field(False, description="never draw an end token: every response has max_new_tokens")
     stop: list[str] = Field(default_factory=list, description="strings that end a response")
+    stop_ids: list[NonNegative] = Field(default_factory=list, description="tokens that end one, beside the end tokens")
+    min_new_tokens: NonNegative = Field(0, description="no end token is drawn before so many")
+    repetition_penalty: PositiveFloat = Field(1.0, description="divides logits of tokens seen before; 1: off")
+    presence_penalty: float = Field(0.0, description="taken from logits of tokens in the response")
+    frequency_penalty: float = Field(0.0, description="the same, times how often they are there")
+    bad_words: list[str] = Field(default_factory=list, description="texts that no response contains")
+    draft_tokens: NonNegative = Field(
+        0, description="tokens guessed ahead from what followed the last ones before; responses stay the same; 0: off"
+    )
+    draft_match: Positive = Field(3, description="last tokens that must have stood together before for a guess")
+    cache_fraction: float = Field(0.3, gt=0, le=1, description="the cache's share of the memory that a worker may use")
+    chunk_tokens: Positive = Field(8192, description="prompt tokens computed beside one token of every response")
     max_sequences: Positive = Field(512, description="sequences decoded together on one worker")
     workers: Positive | None = Field(None, description="disaggregated: workers that generate; default: half of all")
     max_staleness: NonNegative = Field(

@@ -10,6 +10,7 @@ from siirl.dag import Step
 from siirl.planning.job import Job
 from siirl.planning.shape import Numbers
 from siirl.planning.traffic import batch_bytes, moved_bytes
+from siirl.rollout.blocks import BLOCK
 
 Terms = dict[str, float]
 
@@ -19,10 +20,6 @@ TERMS = ("weights", "optimiser", "gradients", "rollout", "kv cache", "activation
 CHUNK, KEPT_CHUNKS = 16 * 2**20, 2
 # Elements of a bucket of gradients: `siirl/training/fsdp.py`.
 BUCKET = 64 * 2**20
-# The cache's share of a worker's memory: `siirl/worker/models.py`.
-CACHE_SHARE = 0.3
-# Prompt tokens of one forward pass: `siirl/rollout/engine.py`.
-PREFILL_TOKENS = 8192
 
 
 def memory_of(job: Job, step: Step) -> Terms:
@@ -94,22 +91,24 @@ def _resident(job: Job) -> Terms:
 
 
 def cache_rows(job: Job) -> tuple[int, int]:
-    """Sequences decoded together on one worker, and tokens that each has room for: `NativeEngine._state`."""
-    config = job.config
-    group, length = job.group, config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    wanted = min(max(config.rollout.max_sequences, group), job.prompts(job.rollout.data) * group)
-    row = length * job.actor.cache_bytes(job.itemsize) / job.rollout.tensor
-    room = int(CACHE_SHARE * job.cluster.memory(job.workers) // row)
-    return max(group, min(wanted, room) // group * group), length
+    """Longest sequences decoded together on one worker, and blocks of its cache: `NativeEngine._state`."""
+    rollout, config = job.config.rollout, job.config
+    longest = config.data.max_prompt_tokens + rollout.max_new_tokens + rollout.draft_tokens
+    rows = min(rollout.max_sequences, job.prompts(job.rollout.data) * job.group)
+    row = -(-longest // BLOCK) + 1
+    block = BLOCK * job.actor.cache_bytes(job.itemsize) / job.rollout.tensor
+    room = int(rollout.cache_fraction * job.cluster.memory(job.workers) // block)
+    blocks = max(row, min(rows * row, room))
+    return blocks // row, blocks
 
 
 def _rollout(job: Job) -> Terms:
     shape = job.actor
-    rows, length = cache_rows(job)
-    prompts = min(PREFILL_TOKENS, job.prompts(job.rollout.data) * job.config.data.max_prompt_tokens)
+    rows, blocks = cache_rows(job)
+    prompts = min(job.config.rollout.chunk_tokens, job.prompts(job.rollout.data) * job.config.data.max_prompt_tokens)
     logits = rows * shape.vocab_size * (job.itemsize + 3 * 4)  # logits, and softmax, sum and noise in float32
     return {
-        "kv cache": rows * length * shape.cache_bytes(job.itemsize) / job.rollout.tensor,
+        "kv cache": blocks * BLOCK * shape.cache_bytes(job.itemsize) / job.rollout.tensor,
         "activations": _working_set(job, "actor", max(rows, prompts)) / job.rollout.tensor,
         "head": logits,
     }

@@ -1,4 +1,4 @@
-"""The built-in rollout engine: batched decoding with continuous refill, a group's prompt computed once."""
+"""The built-in rollout engine: continuous batching over a paged cache, a group's prompt held and computed once."""
 
 from __future__ import annotations
 
@@ -6,87 +6,37 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from siirl.data.batch import Ragged
 from siirl.errors import SiirlError
 from siirl.model.decoder import Decoder
-from siirl.rollout.sampling import Sampling, draw, uniforms
-from siirl.rollout.state import CachedState, SequenceState, UncachedState, cache_bytes_per_token, cache_shape
+from siirl.rollout.blocks import BLOCK, BlockPool, Ints
+from siirl.rollout.contract import UNFINISHED, Begun, Completions, SleepLevel
+from siirl.rollout.drafts import guess
+from siirl.rollout.sampler import Drawn, Sampler
+from siirl.rollout.sampling import Sampling
+from siirl.rollout.scheduler import Scheduler, Work
+from siirl.rollout.sequences import Sequences
+from siirl.rollout.state import PagedState, State, UncachedState, cache_bytes_per_token, cache_shape
 
 if TYPE_CHECKING:
     from siirl.model.fallback import AnyDecoder
-
-SleepLevel = Literal[1, 2]
-STOP, LENGTH, ABORTED = 0, 1, 2
-# prompts are computed in forward passes of at most so many tokens
-_PREFILL_TOKENS = 8192
-
-
-@dataclass(frozen=True)
-class Completions:
-    """Responses, in the order of the sample ids asked for.
-
-    Attributes:
-        response_ids: int64, ragged; ends with the end-of-sequence token where one was drawn.
-        log_probs: float32, ragged like the responses.
-        finish_reason: int8 [rows], ``STOP``, ``LENGTH`` or ``ABORTED``; only an aborted response may be empty.
-        version: of the weights that drew them.
-    """
-
-    response_ids: Ragged
-    log_probs: Ragged
-    finish_reason: Tensor
-    version: int
-
-
-class RolloutEngine(Protocol):
-    """What a rollout engine does."""
-
-    version: int
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sample_ids: Tensor, sampling: Sampling, group_size: int, seed: int
-    ) -> Completions:
-        """Draw ``group_size`` responses to each prompt; ``sample_ids`` is int64 [prompts · group_size]."""
-        ...
-
-    def update_weights(self, named: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take over new weights."""
-        ...
-
-    def abort(self, sample_ids: Tensor | None = None) -> None:
-        """End responses of the call to `generate` in progress, from another thread; None: all of them.
-
-        That call gives them back as they are, at most one token longer. Without such a call nothing happens.
-        """
-        ...
-
-    def sleep(self, level: SleepLevel = 1) -> None:
-        """Give the device's memory back: 1 keeps the engine's own weights on the host, 2 drops them.
-
-        Weights that training computes with too stay where they are, and an engine that sleeps goes on sleeping as it
-        does.
-        """
-        ...
-
-    def wake(self) -> None:
-        """Take the memory back. Weights that were dropped have to come through `update_weights` before `generate`."""
-        ...
 
 
 class NativeEngine:
     """Generates with the decoder itself. Give it training's own module and weight sync costs nothing.
 
     Args:
-        decoder: the model; ``supports_cache = False`` marks one that is recomputed for every token.
+        decoder: the model; any other than :class:`Decoder` has no cache and is recomputed for every token.
         eos_ids: tokens that end a response.
         decode_text: tokens to text, for stop strings.
         max_sequences: sequences decoded together at most.
         cache_bytes: memory that the cache may take; it is kept from call to call, until the engine sleeps.
+        chunk_tokens: tokens of prompts computed beside one token of every response.
         own_weights: nobody else computes with the decoder's weights, so that `sleep` may free them.
     """
 
@@ -97,12 +47,15 @@ class NativeEngine:
         decode_text: Callable[[list[int]], str],
         max_sequences: int = 512,
         cache_bytes: int = 2**30,
+        chunk_tokens: int = 8192,
         own_weights: bool = False,
     ) -> None:
         self.decoder, self.version = decoder, 0
         self._eos_ids, self._decode_text = list(eos_ids), decode_text
-        self._max_sequences, self._cache_bytes, self._own_weights = max_sequences, cache_bytes, own_weights
-        self._room: Tensor | None = None  # memory of the cache
+        self._max_sequences, self._cache_bytes, self._chunk = max_sequences, cache_bytes, chunk_tokens
+        self._own_weights = own_weights
+        self.cache: Tensor | None = None
+        self._pool = BlockPool(0)  # the cache's blocks
         self._asleep: dict[str, Tensor] | None = None  # weights on the host, by name; dropped ones are on no device
         self._dropped: set[str] = set()
         self._aborts: deque[Tensor | None] = deque()
@@ -120,7 +73,7 @@ class NativeEngine:
         self._aborts.append(sample_ids)
 
     def sleep(self, level: SleepLevel = 1) -> None:
-        self._room = None
+        self.cache, self._pool = None, BlockPool(0)
         if self._asleep is not None:
             return
         self._asleep = {}
@@ -144,140 +97,129 @@ class NativeEngine:
         if self._asleep is not None:
             raise SiirlError(f"the rollout engine is asleep and cannot {purpose}: wake it first")
 
-    @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Sequence[int]], sample_ids: Tensor, sampling: Sampling, group_size: int, seed: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        sample_ids: Tensor,
+        sampling: Sampling,
+        group_size: int,
+        seed: int,
+        begun: Sequence[Begun | None] = (),
+        enough: int | None = None,
     ) -> Completions:
+        """See :class:`siirl.rollout.contract.RolloutEngine`.
+
+        Args:
+            begun: responses to go on from, one per sample; where it is None, from the prompt.
+            enough: return as soon as so many groups have ended, the others unfinished.
+        """
         self._require_awake("generate")
         if self._dropped:
             raise SiirlError(f"the weight '{min(self._dropped)}' was dropped while the rollout engine slept: update it")
         self._aborts.clear()
-        responses = _Responses(len(prompts) * group_size, sampling, self._stop_check(sampling))
-        noise = uniforms(seed, sample_ids, sampling.max_new_tokens).to(self._device)
-        forbidden = self._eos_tensor if sampling.ignore_eos else None
-        waiting = list(range(len(prompts)))[::-1]
-        capacity, state = self._state(prompts, sampling, group_size)
-        sequence_B = torch.empty(0, dtype=torch.int64)  # which response each row is
-        hidden_BH: Tensor | None = None
-        while waiting or state.rows:
-            admitted = self._admit(waiting, prompts, (capacity - state.rows) // group_size)
-            if admitted:
-                new = state.admit([prompts[i] for i in admitted], group_size)
-                hidden_BH = new if hidden_BH is None else torch.cat((hidden_BH, new))
-                first = torch.tensor(admitted)[:, None] * group_size
-                sequence_B = torch.cat((sequence_B, (first + torch.arange(group_size)).flatten()))
-            assert hidden_BH is not None
-            place_B = responses.lengths[sequence_B]
-            logits_BV = self.decoder.logits(hidden_BH)
-            tokens_B, log_probs_B = draw(logits_BV, sampling, noise[sequence_B, place_B], forbidden)
-            while self._aborts:
-                ids = self._aborts.popleft()
-                aborted = responses.abort(torch.isin(sample_ids, sample_ids if ids is None else ids))
-                waiting = [i for i in waiting if not aborted[i * group_size : (i + 1) * group_size].all()]
-            alive = responses.append(sequence_B, tokens_B.cpu(), log_probs_B.cpu(), self._eos(tokens_B, sampling))
-            order = compact(alive)
-            if len(order) < state.rows:
-                state.keep(order)
-                sequence_B, tokens_B = sequence_B[order], tokens_B[order.to(tokens_B.device)]
-            hidden_BH = state.step(tokens_B) if state.rows else None
-        return responses.completions(self.version)
+        sequences = Sequences(prompts, sample_ids, sampling, group_size, seed, begun)
+        with torch.inference_mode():
+            self._run(sequences, sample_ids, sampling, len(prompts) if enough is None else enough)
+        return sequences.completions(self.version)
+
+    def _run(self, sequences: Sequences, sample_ids: Tensor, sampling: Sampling, enough: int) -> None:
+        sampler = Sampler(sampling, self._eos_ids, sequences, self._device)
+        state, rows = self._state(sequences)
+        scheduler = Scheduler(sequences, self._pool, rows, self._chunk, self.version, state.copy)
+        while scheduler.unfinished and sequences.whole_groups() < enough:
+            guesses = None
+            if sampling.draft_tokens:
+                drawing = scheduler.drawing
+                guesses = guess(sequences, drawing, sampling.draft_tokens, sampling.draft_match)
+            work = scheduler.next(guesses)
+            hidden_TH = state.forward(sequences, work, scheduler.tables)
+            draws = _draws(work, *scheduler.computed(work), guesses)
+            if len(draws.rows):
+                logits_DV = self.decoder.logits(hidden_TH[torch.from_numpy(draws.at).to(hidden_TH.device)])
+                drawn = sampler(logits_DV, draws.rows, sequences.drawn[draws.rows] + draws.ahead)
+                self._append(sequences, draws, drawn, sampling.stop)
+                if guesses is not None:
+                    scheduler.settle(draws.rows)
+            scheduler.leave_ended(others=self._end_aborted(sequences, sample_ids))
+        scheduler.stop()
 
     @property
     def _device(self) -> torch.device:
         return self.decoder.head_weight.device
 
-    def _state(self, prompts: Sequence[Sequence[int]], sampling: Sampling, group: int) -> tuple[int, SequenceState]:
-        wanted = min(max(self._max_sequences, group), len(prompts) * group)
+    def _state(self, sequences: Sequences) -> tuple[State, int]:
+        """The state of a call, and the rows that may run at once."""
+        rows = max(1, min(self._max_sequences, len(sequences)))
+        blocks = -(-sequences.tokens.shape[1] // BLOCK) + 1
         if not isinstance(self.decoder, Decoder):
-            return wanted, UncachedState(self.decoder)
-        length = max((len(p) for p in prompts), default=1) + sampling.max_new_tokens
-        row_bytes = length * cache_bytes_per_token(self.decoder.config, self.decoder.head_weight.dtype)
-        capacity = max(group, min(wanted, self._cache_bytes // row_bytes))
-        return capacity, CachedState(self.decoder, self._cache(cache_shape(self.decoder.config, capacity, length)))
+            self._pool = BlockPool(rows * blocks)  # without memory
+            return UncachedState(self.decoder), rows
+        dtype = self.decoder.head_weight.dtype
+        affordable = self._cache_bytes // (BLOCK * cache_bytes_per_token(self.decoder.config, dtype))
+        return PagedState(self.decoder, self._cache_of(max(blocks, min(rows * blocks, affordable)))), rows
 
-    def _cache(self, shape: tuple[int, ...]) -> Tensor:
-        """Zeros, in the memory of the last call where it is large enough: fresh memory costs more than clearing it."""
-        count = math.prod(shape)
-        if self._room is None or self._room.numel() < count:
-            self._room = None  # freed before more is asked for
-            self._room = self.decoder.head_weight.new_empty(count)
-        return self._room[:count].zero_().view(shape)
+    def _cache_of(self, blocks: int) -> Tensor:
+        """The cache of earlier calls, made larger where it has to be; it keeps its prefixes if both fit the budget."""
+        shape = cache_shape(self.decoder.config, blocks)
+        if self.cache is not None and len(self._pool) < blocks:
+            size = math.prod(shape) * self.cache.itemsize
+            if self.cache.nbytes + size <= self._cache_bytes:
+                grown = self.cache.new_empty(shape)
+                grown[:, :, : len(self._pool)] = self.cache
+                self.cache = grown
+                self._pool.grow(blocks)
+            else:
+                self.cache = None  # freed before more is asked for
+        if self.cache is None:
+            self.cache = self.decoder.head_weight.new_empty(shape)
+            self._pool = BlockPool(blocks)
+        return self.cache
 
-    def _admit(self, waiting: list[int], prompts: Sequence[Sequence[int]], groups: int) -> list[int]:
-        """Take prompts from ``waiting`` for free rows, as many as one prefill pass holds."""
-        taken: list[int] = []
-        tokens = 0
-        while waiting and len(taken) < groups:
-            tokens += len(prompts[waiting[-1]])
-            if taken and tokens > _PREFILL_TOKENS:
-                break
-            taken.append(waiting.pop())
-        return taken
+    def _append(self, sequences: Sequences, draws: Draws, drawn: Drawn, stop: Sequence[str]) -> None:
+        """Give each row its tokens: of those drawn behind guesses as many as there were right guesses before."""
+        going = np.ones(len(sequences), bool)
+        for step in range(int(draws.ahead.max()) + 1):
+            now = np.flatnonzero((draws.ahead == step) & going[draws.rows])
+            rows, tokens = draws.rows[now], drawn.tokens[now]
+            guessed = sequences.tokens[rows, sequences.lengths[rows]]
+            top = None if drawn.top is None else (drawn.top[0][now], drawn.top[1][now])
+            sequences.append(rows, tokens, drawn.log_probs[now], top, self.version)
+            stopped = drawn.ends[now]
+            if stop:
+                texts = (self._decode_text(sequences.response(row)) for row in rows.tolist())
+                stopped = stopped | np.array([any(s in text for s in stop) for text in texts], bool)
+            sequences.end(rows, stopped)
+            going[rows] = (sequences.finish[rows] == UNFINISHED) & (tokens == guessed)
 
-    @property
-    def _eos_tensor(self) -> Tensor:
-        return torch.tensor(self._eos_ids, dtype=torch.int64, device=self._device)
-
-    def _eos(self, tokens_B: Tensor, sampling: Sampling) -> Tensor:
-        if sampling.ignore_eos:
-            return torch.zeros(len(tokens_B), dtype=torch.bool)
-        return torch.isin(tokens_B, self._eos_tensor).cpu()
-
-    def _stop_check(self, sampling: Sampling) -> Callable[[list[int]], bool] | None:
-        if not sampling.stop:
-            return None
-        return lambda ids: any(stop in self._decode_text(ids) for stop in sampling.stop)
-
-
-class _Responses:
-    """Tokens drawn so far, on the host."""
-
-    def __init__(self, count: int, sampling: Sampling, stop: Callable[[list[int]], bool] | None) -> None:
-        shape = (count, sampling.max_new_tokens)
-        self.lengths = torch.zeros(count, dtype=torch.int64)
-        self._aborted: Tensor | None = None
-        self._tokens = torch.zeros(shape, dtype=torch.int64)
-        self._log_probs = torch.zeros(shape, dtype=torch.float32)
-        self._finish = torch.full((count,), LENGTH, dtype=torch.int8)
-        self._stop = stop
-
-    def append(self, sequence_B: Tensor, tokens_B: Tensor, log_probs_B: Tensor, ended_B: Tensor) -> Tensor:
-        """Append a token to each response; True for those that go on."""
-        place = self.lengths[sequence_B]
-        self._tokens[sequence_B, place] = tokens_B
-        self._log_probs[sequence_B, place] = log_probs_B
-        self.lengths[sequence_B] = place + 1
-        if self._stop is not None:
-            texts = [self._stop(self._tokens[s, : p + 1].tolist()) for s, p in zip(sequence_B, place, strict=True)]
-            ended_B = ended_B | torch.tensor(texts)
-        self._finish[sequence_B[ended_B]] = STOP
-        alive_B = ~ended_B & (place + 1 < self._tokens.shape[1])
-        return alive_B if self._aborted is None else alive_B & ~self._aborted[sequence_B]
-
-    def abort(self, which: Tensor) -> Tensor:
-        """End responses at their next token; bool [count], those aborted so far."""
-        self._aborted = which if self._aborted is None else self._aborted | which
-        return self._aborted
-
-    def completions(self, version: int) -> Completions:
-        unfinished = (self._finish == LENGTH) & (self.lengths < self._tokens.shape[1])
-        self._finish[unfinished] = ABORTED
-        filled = torch.arange(self._tokens.shape[1])[None, :] < self.lengths[:, None]
-        offsets = torch.cat((torch.zeros(1, dtype=torch.int64), self.lengths.cumsum(0)))
-        tokens, log_probs = Ragged(self._tokens[filled], offsets), Ragged(self._log_probs[filled], offsets)
-        return Completions(tokens, log_probs, self._finish, version)
+    def _end_aborted(self, sequences: Sequences, sample_ids: Tensor) -> bool:
+        """Whether there was something to abort."""
+        told = bool(self._aborts)
+        while self._aborts:
+            ids = self._aborts.popleft()
+            sequences.abort(torch.isin(sample_ids, sample_ids if ids is None else ids).numpy())
+        return told
 
 
-def compact(alive_B: Tensor) -> Tensor:
-    """An order of the rows that are alive in which the fewest move: holes are filled from the end.
+@dataclass(frozen=True)
+class Draws:
+    """Tokens to draw, int64 [D] each.
 
-    Args:
-        alive_B: bool [B].
-
-    Returns:
-        int64 [number alive]: the row that comes to each place; ``order[i] >= i``.
+    Attributes:
+        rows: whose.
+        ahead: behind how many guesses of that row.
+        at: by which of the hidden states.
     """
-    count = int(alive_B.sum())
-    order = torch.arange(count)
-    order[~alive_B[:count]] = count + alive_B[count:].nonzero().squeeze(1)
-    return order
+
+    rows: Ints
+    ahead: Ints
+    at: Ints
+
+
+def _draws(work: Work, rows: Ints, places: Ints, guesses: Ints | None) -> Draws:
+    """For each of ``rows``, at its place among those of ``work``, a draw behind its known tokens and each guess."""
+    last = work.last[places]
+    if guesses is None:
+        return Draws(rows, np.zeros_like(rows), last)
+    number = 1 + guesses[rows]
+    ahead = np.arange(int(number.sum())) - (number.cumsum() - number).repeat(number)
+    return Draws(rows.repeat(number), ahead, (last - guesses[rows]).repeat(number) + ahead)

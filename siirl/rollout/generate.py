@@ -9,9 +9,9 @@ import torch
 from siirl.config.schema import Config
 from siirl.device import select
 from siirl.model.load import load_model
-from siirl.model.tokenizer import decode, encode_prompt, eos_ids
+from siirl.model.tokenizer import decode, encode_prompt, encode_texts, eos_ids
 from siirl.rollout.engine import NativeEngine
-from siirl.rollout.sampling import Sampling
+from siirl.rollout.options import sampling_of
 
 
 def generate_text(
@@ -45,14 +45,7 @@ def generate_text(
         lambda tokens: decode(loaded.tokenizer, tokens),
         cache_bytes=2**62,
     )
-    sampling = Sampling(
-        max_new_tokens,
-        temperature,
-        config.rollout.top_p,
-        config.rollout.top_k,
-        config.rollout.min_p,
-        config.rollout.ignore_eos,
-        tuple(config.rollout.stop),
-    )
+    settings = config.rollout.model_copy(update={"max_new_tokens": max_new_tokens, "temperature": temperature})
+    sampling = sampling_of(settings, lambda text: encode_texts(loaded.tokenizer, [text])[0])
     done = engine.generate([ids], torch.zeros(1, dtype=torch.int64), sampling, 1, seed)
     yield decode(loaded.tokenizer, done.response_ids.values.tolist())

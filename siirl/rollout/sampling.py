@@ -12,10 +12,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from siirl_kernels import kernels
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off."""
+    """How tokens are drawn. ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off.
+
+    Attributes:
+        ignore_eos: end tokens are never drawn.
+        stop: texts that end a response.
+        stop_ids: tokens that end one, beside the model's end tokens.
+        min_new_tokens: end tokens and ``stop_ids`` are not drawn before so many.
+        repetition_penalty: above 1, logits of tokens in the prompt or the response are divided by it where positive,
+            multiplied where negative (arXiv 1909.05858); 1 is off.
+        presence_penalty: taken from the logits of tokens in the response.
+        frequency_penalty: the same, times how often they are there.
+        bad_words: token sequences of which the last is not drawn behind the others.
+        top_log_probs: so many likeliest tokens are given with every token drawn.
+        draft_tokens: tokens guessed ahead at most, see :mod:`siirl.rollout.drafts`; 0 is off.
+        draft_match: last tokens that must have stood together before for a guess.
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -24,6 +41,24 @@ class Sampling:
     min_p: float = 0.0
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    min_new_tokens: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    top_log_probs: int = 0
+    draft_tokens: int = 0
+    draft_match: int = 3
+
+    @property
+    def filters(self) -> bool:
+        """Whether any token that is allowed may still be left out."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    @property
+    def penalises(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
 def uniforms(seed: int, sample_ids: Tensor, count: int) -> Tensor:
@@ -58,7 +93,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def draw(
-    logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor, forbidden: Tensor | None = None
+    logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor, allowed_BV: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Draw one token per sequence.
 
@@ -66,17 +101,18 @@ def draw(
         logits_BV: of the next token.
         sampling: temperature and filters.
         uniform_B: one number in [0, 1) per sequence.
-        forbidden: token ids never drawn, int64.
+        allowed_BV: the logits to draw by, where they are not the model's own: penalised, or -inf for what is forbidden.
 
     Returns:
-        tokens int64 [B], and their log-probs float32 [B] under softmax(logits / temperature), before any filter:
-        the quantity that training computes (temperature 1 where it is 0).
+        tokens int64 [B], and their log-probs float32 [B] under softmax(logits / temperature), before any penalty or
+        filter: the quantity that training computes (temperature 1 where it is 0).
     """
-    logits_BV = logits_BV.float()
-    if sampling.temperature not in (0.0, 1.0):
-        logits_BV = logits_BV / sampling.temperature
-    log_p = torch.log_softmax(logits_BV, dim=-1)
-    allowed = log_p if forbidden is None else log_p.index_fill(1, forbidden, -torch.inf)
+    if allowed_BV is None and not sampling.filters:
+        return kernels.categorical(logits_BV, uniform_B, sampling.temperature)
+    heat = sampling.temperature or 1.0
+    log_p = torch.log_softmax(logits_BV.float() / heat, dim=-1)
+    allowed = log_p if allowed_BV is None else torch.log_softmax(allowed_BV.float() / heat, dim=-1)
+    uniform_B = uniform_B.to(log_p.device)
     tokens = allowed.argmax(-1) if sampling.temperature == 0 else _invert(_filter(allowed, sampling), uniform_B)
     return tokens, log_p.gather(1, tokens[:, None]).squeeze(1)
 

@@ -1,40 +1,38 @@
-"""What generation keeps between tokens: a key/value cache, or, for models without one, the tokens themselves.
+"""What a forward pass of generation runs on: a paged key/value cache, or, for models without one, whole sequences.
 
-Shapes: B sequences, T packed tokens, H hidden, N query heads, K key/value heads, D head size, L cache length.
+Shapes: T new tokens, B sequences, H hidden, N query heads, K key/value heads, D head size, P blocks, S slots of each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from siirl.model.config import DecoderConfig
 from siirl.model.decoder import Decoder, PackedAttention
+from siirl.rollout.blocks import BLOCK, Ints
+from siirl.rollout.scheduler import Work
+from siirl.rollout.sequences import Sequences
 from siirl_kernels import kernels
 from siirl_kernels.packing import PackedSequences
+from siirl_kernels.paging import PagedSequences
 
 if TYPE_CHECKING:
     from siirl.model.fallback import AnyDecoder
 
 
-class SequenceState(Protocol):
-    """Sequences in flight, as dense rows 0 … B-1."""
+class State(Protocol):
+    """What is kept of sequences between tokens."""
 
-    rows: int
-
-    def admit(self, prompts: Sequence[Sequence[int]], copies: int) -> Tensor:
-        """Append ``copies`` rows per prompt, each prompt computed once; its last hidden state, [copies · P, H]."""
+    def forward(self, sequences: Sequences, work: Work, tables: Ints) -> Tensor:
+        """Hidden states of the new tokens of ``work``, [T, H]; ``tables``: int32 [rows, M], blocks of each row."""
         ...
 
-    def step(self, tokens_B: Tensor) -> Tensor:
-        """Append one token to every row; the hidden states, [B, H]."""
-        ...
-
-    def keep(self, order: Tensor) -> None:
-        """Keep the rows ``order`` (int64, on the host), in that order; a row moves only to a lower place."""
+    def copy(self, source: Ints, target: Ints) -> None:
+        """Copy what blocks hold to other blocks."""
         ...
 
 
@@ -43,116 +41,79 @@ def cache_bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
-def cache_shape(config: DecoderConfig, capacity: int, length: int) -> tuple[int, ...]:
-    """Of keys and values of up to ``capacity`` sequences of up to ``length`` tokens."""
-    return config.num_layers, 2, capacity, config.num_kv_heads, length, config.head_dim
+def cache_shape(config: DecoderConfig, blocks: int) -> tuple[int, ...]:
+    """Of keys and values: [layers, 2, P, S, K, D]."""
+    return config.num_layers, 2, blocks, BLOCK, config.num_kv_heads, config.head_dim
 
 
-class CachedState:
-    """Keys and values of sequences, in a ``cache`` of :func:`cache_shape`.
-
-    What is not yet written in it must be finite: masked keys still meet the softmax's zeros.
-    """
+class PagedState:
+    """Keys and values in a ``cache`` of :func:`cache_shape`; what is not written yet may be anything."""
 
     def __init__(self, decoder: Decoder, cache: Tensor) -> None:
-        self.decoder, self.rows, self._longest, self._cache = decoder, 0, 0, cache
-        capacity, length = cache.shape[2], cache.shape[4]
-        self._lengths = torch.zeros(capacity, dtype=torch.int64, device=cache.device)
-        self._slots = torch.arange(length, device=cache.device)
+        self._decoder, self._cache = decoder, cache
 
-    def admit(self, prompts: Sequence[Sequence[int]], copies: int) -> Tensor:
+    def forward(self, sequences: Sequences, work: Work, tables: Ints) -> Tensor:
         device = self._cache.device
-        sequences = PackedSequences(tuple(len(p) for p in prompts), device)
-        tokens = torch.tensor([t for p in prompts for t in p], dtype=torch.int64, device=device)
-        attention = _PrefillAttention(self._cache, sequences, self.rows, copies)
-        hidden_TH = self.decoder(tokens, sequences.positions, attention)
-        lengths = torch.tensor(sequences.lengths, dtype=torch.int64)
-        rows = len(prompts) * copies
-        self._lengths[self.rows : self.rows + rows] = lengths.repeat_interleave(copies).to(device)
-        self._longest = max(self._longest, *sequences.lengths)
-        self.rows += rows
-        last = (sequences.starts + lengths - 1).to(device)
-        return hidden_TH[last].repeat_interleave(copies, 0)
+        tokens_T, positions_T, paged = arrange(sequences, work, tables, device)
+        return self._decoder(tokens_T, positions_T, _PagedAttention(self._cache, paged))
 
-    def step(self, tokens_B: Tensor) -> Tensor:
-        lengths = self._lengths[: self.rows]
-        self._longest += 1
-        attention = _DecodeAttention(self._cache[:, :, : self.rows], lengths, self._slots[: self._longest])
-        hidden_BH = self.decoder(tokens_B, lengths, attention)
-        lengths += 1
-        return hidden_BH
-
-    def keep(self, order: Tensor) -> None:
-        moved = (order != torch.arange(len(order))).nonzero().squeeze(1)
-        source = order[moved].to(self._cache.device)
-        target = moved.to(self._cache.device)
-        self._cache[:, :, target, :, : self._longest] = self._cache[:, :, source, :, : self._longest]
-        self._lengths[target] = self._lengths[source]
-        self.rows = len(order)
-        if self.rows:
-            self._longest = int(self._lengths[: self.rows].max())
-        else:
-            self._longest = 0
+    def copy(self, source: Ints, target: Ints) -> None:
+        device = self._cache.device
+        self._cache[:, :, torch.from_numpy(target).to(device)] = self._cache[:, :, torch.from_numpy(source).to(device)]
 
 
-class _PrefillAttention:
-    """Packed attention over prompts that also writes their keys and values, once per copy, into the cache."""
+def arrange(
+    sequences: Sequences, work: Work, tables: Ints, device: torch.device
+) -> tuple[Tensor, Tensor, PagedSequences]:
+    """The new tokens, their positions, int64 [T] each, and where their sequences lie in the cache."""
+    longest = int((work.first + work.counts).max())
+    blocks = tables[work.rows, : -(-longest // BLOCK)]
+    if (work.counts == 1).all():
+        rows, positions, at = work.rows, work.first, np.arange(len(work.rows))
+    else:
+        at = np.arange(len(work.rows)).repeat(work.counts)
+        rows = work.rows[at]
+        positions = np.arange(len(at)) - (work.last + 1 - work.counts - work.first)[at]
+    slots = blocks[at, positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK
+    starts = np.concatenate((np.zeros(1, np.int64), work.counts.cumsum()))
+    paged = PagedSequences(
+        tables=torch.from_numpy(blocks).to(device),
+        lengths=torch.from_numpy((work.first + work.counts).astype(np.int32)).to(device),
+        starts=torch.from_numpy(starts.astype(np.int32)).to(device),
+        slots=torch.from_numpy(slots).to(device),
+        longest=longest,
+        longest_query=int(work.counts.max()),
+    )
+    tokens = torch.from_numpy(sequences.tokens[rows, positions]).to(device)
+    return tokens, torch.from_numpy(positions).to(device), paged
 
-    def __init__(self, cache: Tensor, sequences: PackedSequences, first_row: int, copies: int) -> None:
-        lengths = torch.tensor(sequences.lengths, dtype=torch.int64)
-        self.cache, self.sequences, self.copies = cache, sequences, copies
-        self.rows = slice(first_row, first_row + len(lengths) * copies)
-        self.longest = int(lengths.max())
-        # a rectangle of packed positions; places past a prompt's end repeat its last token and stay masked
-        within = torch.minimum(torch.arange(self.longest)[None, :], lengths[:, None] - 1)
-        self.index = (sequences.starts[:, None] + within).to(cache.device)
+
+class _PagedAttention:
+    """Attention of new tokens, which are written to the cache first."""
+
+    def __init__(self, cache: Tensor, sequences: PagedSequences) -> None:
+        self._cache, self._sequences = cache, sequences
 
     def __call__(self, layer: int, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        for half, x_TKD in enumerate((k_TKD, v_TKD)):
-            x_PKLD = x_TKD[self.index].transpose(1, 2)
-            self.cache[layer, half, self.rows, :, : self.longest] = x_PKLD.repeat_interleave(self.copies, 0)
-        return kernels.packed_attention(q_TND, k_TKD, v_TKD, self.sequences)
-
-
-class _DecodeAttention:
-    """Attention of one new token per row, written at the end of the row's cache first."""
-
-    def __init__(self, cache: Tensor, lengths_B: Tensor, slots_L: Tensor) -> None:
-        self.cache, self.longest = cache, len(slots_L)
-        self.keep_BL = slots_L[None, :] <= lengths_B[:, None]
-        self.at = (torch.arange(len(lengths_B), device=cache.device), slice(None), lengths_B)
-
-    def __call__(self, layer: int, q_BND: Tensor, k_BKD: Tensor, v_BKD: Tensor) -> Tensor:
-        keys, values = self.cache[layer, 0], self.cache[layer, 1]
-        keys[self.at], values[self.at] = k_BKD, v_BKD
-        return kernels.decode_attention(q_BND, keys[:, :, : self.longest], values[:, :, : self.longest], self.keep_BL)
+        keys_PSKD, values_PSKD = self._cache[layer]
+        return kernels.paged_attention(q_TND, k_TKD, v_TKD, keys_PSKD, values_PSKD, self._sequences)
 
 
 class UncachedState:
     """Whole sequences computed again for every token: for decoders that cannot be given a cache."""
 
     def __init__(self, decoder: AnyDecoder) -> None:
-        self.decoder, self.rows = decoder, 0
-        self._sequences: list[list[int]] = []
+        self._decoder = decoder
 
-    def admit(self, prompts: Sequence[Sequence[int]], copies: int) -> Tensor:
-        self._sequences += [list(p) for p in prompts for _ in range(copies)]
-        self.rows = len(self._sequences)
-        return self._last_hidden(prompts).repeat_interleave(copies, 0)
+    def forward(self, sequences: Sequences, work: Work, tables: Ints) -> Tensor:
+        device = self._decoder.head_weight.device
+        ends = work.first + work.counts
+        packed = PackedSequences(tuple(ends.tolist()), device)
+        tokens = np.concatenate([sequences.tokens[row, :end] for row, end in zip(work.rows, ends, strict=True)])
+        hidden_TH = self._decoder(torch.from_numpy(tokens).to(device), packed.positions, PackedAttention(packed))
+        last = ends.cumsum()
+        new = [np.arange(stop - count, stop) for stop, count in zip(last, work.counts, strict=True)]
+        return hidden_TH[torch.from_numpy(np.concatenate(new)).to(device)]
 
-    def step(self, tokens_B: Tensor) -> Tensor:
-        for sequence, token in zip(self._sequences, tokens_B.tolist(), strict=True):
-            sequence.append(token)
-        return self._last_hidden(self._sequences)
-
-    def keep(self, order: Tensor) -> None:
-        self._sequences = [self._sequences[i] for i in order.tolist()]
-        self.rows = len(self._sequences)
-
-    def _last_hidden(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        device = self.decoder.head_weight.device
-        packed = PackedSequences(tuple(len(s) for s in sequences), device)
-        tokens = torch.tensor([t for s in sequences for t in s], dtype=torch.int64, device=device)
-        hidden_TH = self.decoder(tokens, packed.positions, PackedAttention(packed))
-        last = packed.starts + torch.tensor(packed.lengths) - 1
-        return hidden_TH[last.to(device)]
+    def copy(self, source: Ints, target: Ints) -> None:
+        pass

@@ -70,6 +70,7 @@ def record(backend: Backend) -> list[tuple[Rollout, dict[str, float]]]:
     rollout = NativeEngine(trainer.model, [tiny.EOS], lambda ids: " ".join(map(str, ids)))
     steps = []
     for step in range(1, STEPS + 1):
+        rollout.update_weights((), step)  # training's own tensors
         ids = torch.arange(len(PROMPTS) * GROUP)
         done = rollout.generate(PROMPTS, ids, Sampling(trainer.config.rollout.max_new_tokens), GROUP, seed=step)
         responses = [row.tolist() for row in done.response_ids.rows()]

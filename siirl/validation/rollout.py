@@ -14,9 +14,9 @@ from siirl.data.batch import Batch, Ragged
 from siirl.device.collectives import Collectives
 from siirl.errors import SiirlError
 from siirl.model.decoder import Decoder, PackedAttention
-from siirl.rollout.engine import ABORTED, LENGTH, STOP, Completions, NativeEngine, SleepLevel
+from siirl.rollout.contract import ABORTED, LENGTH, STOP, Completions, SleepLevel
+from siirl.rollout.engine import NativeEngine
 from siirl.rollout.sampling import Sampling
-from siirl.rollout.state import cache_bytes_per_token
 from siirl.validation import tiny
 from siirl.validation.checks import Broken, check, require
 from siirl.validation.subject import Subject
@@ -220,13 +220,15 @@ def _require_refused(made: NativeEngine, state: str) -> None:
 @check("L4", "an engine that sleeps gives back its weights and its cache, and wakes as it was", sleep_levels)
 def sleep_frees_memory(subject: Subject, level: SleepLevel) -> None:
     module = tiny.decoder(intermediate_size=2**15).to(subject.backend.device())
-    # every token ends a response, so that a cache as large as the weights is cheap to make
+    # every token ends a response, so that room for long ones is cheap to make
     made = NativeEngine(module, range(tiny.VOCABULARY), lambda ids: "", own_weights=True)
     sampling, group = Sampling(2000, temperature=0.0), 8
     weights = {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters()}
     before = generate(made, sampling, group=group)
-    longest = max(map(len, PROMPTS)) + sampling.max_new_tokens
-    cache = len(PROMPTS) * group * longest * cache_bytes_per_token(module.config, module.head_weight.dtype)
+    assert made.cache is not None
+    cache = made.cache.nbytes
+    with torch.inference_mode():
+        made.cache.zero_()  # memory that nothing was written to is not there yet on a host
     subject.backend.empty_cache()
     awake = subject.backend.memory()
     made.sleep(level)

@@ -15,12 +15,9 @@ from siirl.errors import RequestError
 from siirl.model.critic import ValueModel
 from siirl.model.fallback import AnyDecoder
 from siirl.model.load import Loaded, load_model
-from siirl.model.tokenizer import decode, eos_ids
+from siirl.model.tokenizer import decode, encode_texts, eos_ids
 from siirl.rollout.engine import NativeEngine
 from siirl.training.fsdp import TrainingEngine
-
-# the rollout cache's share of the memory a worker may use
-_CACHE_SHARE = 0.3
 
 
 class Models:
@@ -110,6 +107,10 @@ class Models:
         """Text of tokens, without special tokens."""
         return decode(self.tokenizer, ids)
 
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, without special tokens."""
+        return encode_texts(self.tokenizer, [text])[0]
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of a checkpoint by name; views of the live ones, so that filling them restores the models."""
         found: dict[str, torch.Tensor] = {}
@@ -155,13 +156,14 @@ class Models:
             if self._role == "all":
                 module = self._load(self._config.model.path).model
             module = module.to(self._backend.device(), self.rollout_dtype).requires_grad_(False)
-        memory = self._backend.memory()
+        config, memory = self._config.rollout, self._backend.memory()
         share = self._collectives.size if memory.unified else 1
         return NativeEngine(
             module,
             self.eos_ids,
             self.decode,
-            self._config.rollout.max_sequences,
-            int(_CACHE_SHARE * memory.total / share),
+            config.max_sequences,
+            int(config.cache_fraction * memory.total / share),
+            config.chunk_tokens,
             own_weights=not self._shared,
         )

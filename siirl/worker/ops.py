@@ -17,7 +17,7 @@ from siirl.checkpoint.store import directory_name
 from siirl.dag.plan import Step
 from siirl.data.batch import Batch, Column, Ragged
 from siirl.rewards.pool import RewardResult
-from siirl.rollout.sampling import Sampling
+from siirl.rollout.options import greedy, sampling_of
 from siirl.telemetry.jsonl import rewrite
 from siirl.training.losses import LOSSES
 from siirl.worker.context import Context, Op, Output
@@ -49,15 +49,7 @@ def rollout(context: Context, batch: Batch, node: Step) -> Output:
     take = torch.arange(len(batch)).repeat_interleave(group)
     samples = batch.dense("sample_id")[take] + torch.arange(group).repeat(len(batch))
     prompts = [row.tolist() for row in batch.ragged("prompt_ids").rows()]
-    sampling = Sampling(
-        config.max_new_tokens,
-        config.temperature,
-        config.top_p,
-        config.top_k,
-        config.min_p,
-        config.ignore_eos,
-        tuple(config.stop),
-    )
+    sampling = sampling_of(config, context.models.encode)
     done = context.models.rollout.generate(prompts, samples, sampling, group, context.rollout_seed)
     lengths = done.response_ids.lengths.float()
     context.metrics.mean("response/truncated_fraction", float((done.finish_reason == 1).sum()), len(lengths))
@@ -204,8 +196,7 @@ def evaluate(context: Context, batch: Batch, node: Step) -> None:
         context.metrics.mean("eval/reward_mean", 0.0, 0)
         return
     prompts = context.eval_reader.read(context.held_out)
-    config = context.config.rollout
-    sampling = Sampling(config.max_new_tokens, temperature=0.0, ignore_eos=config.ignore_eos, stop=tuple(config.stop))
+    sampling = greedy(sampling_of(context.config.rollout, context.models.encode))
     ids = [row.tolist() for row in prompts.ragged("prompt_ids").rows()]
     done = context.models.rollout.generate(ids, prompts.dense("sample_id"), sampling, 1, 0)
     results = _score(context, prompts.with_columns(response_ids=done.response_ids))

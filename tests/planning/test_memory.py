@@ -95,10 +95,10 @@ def test_weights_gradients_and_optimiser_states_are_those_of_a_trained_module() 
 def test_the_cache_is_the_one_the_engine_allocates() -> None:
     path = "tiny:qwen3:64:2:128"
     job = job_of(2, "local-2", model__path=path, training__dtype="float32", rollout__max_sequences=20)
-    rows, length = cache_rows(job)
-    assert (rows, length) == (16, 1024 + 1024)  # whole groups of 8 within 20 sequences
+    rows, blocks = cache_rows(job)
+    assert (rows, blocks) == (20, 20 * ((1024 + 1024) // 16 + 1))
     model = decoder(path)
-    assert memory_of(job, step(job, "rollout"))["kv cache"] == 4 * math.prod(cache_shape(model.config, rows, length))
+    assert memory_of(job, step(job, "rollout"))["kv cache"] == 4 * math.prod(cache_shape(model.config, blocks))
 
 
 def test_replicated_training_by_hand() -> None:

@@ -10,7 +10,8 @@ from siirl.model.config import DecoderConfig
 from siirl.model.decoder import Decoder, PackedAttention
 from siirl.model.export import save_pretrained
 from siirl.model.load import load_model
-from siirl.rollout.engine import LENGTH, STOP, NativeEngine, SleepLevel, compact
+from siirl.rollout.contract import LENGTH, STOP, SleepLevel
+from siirl.rollout.engine import NativeEngine
 from siirl.rollout.sampling import Sampling
 from siirl_kernels.packing import PackedSequences
 from tests.device_under_test import device
@@ -170,7 +171,7 @@ def test_calls_share_the_memory_of_one_cache() -> None:
         done = made.generate(PROMPTS, torch.arange(5), sampling, 1, 0)
         fresh = engine(tiny()).generate(PROMPTS, torch.arange(5), sampling, 1, 0)
         torch.testing.assert_close(done.log_probs.values, fresh.log_probs.values, atol=0, rtol=0)
-        kept.append(made._room.data_ptr())
+        kept.append(made.cache.data_ptr())
     assert len(set(kept)) == 1
 
 
@@ -215,14 +216,6 @@ def test_a_model_without_a_cache_generates_the_same() -> None:
 def test_no_prompts_give_no_responses() -> None:
     done = engine(tiny()).generate([], torch.empty(0, dtype=torch.int64), Sampling(5), 4, 0)
     assert len(done.response_ids) == 0 and len(done.finish_reason) == 0
-
-
-@pytest.mark.parametrize("alive", [[], [1], [0], [1, 1, 1], [0, 1, 1], [0, 0, 1, 0, 1, 1], [1, 0, 1, 0, 0]])
-def test_compact_keeps_every_living_row_once_and_moves_rows_down_only(alive: list[int]) -> None:
-    mask = torch.tensor(alive, dtype=torch.bool)
-    order = compact(mask)
-    assert sorted(order.tolist()) == mask.nonzero().squeeze(1).tolist()
-    assert all(source >= place for place, source in enumerate(order.tolist()))
 
 
 def test_new_weights_change_the_answers_and_the_version() -> None:

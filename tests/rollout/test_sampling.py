@@ -19,9 +19,10 @@ def chi_square(tokens: torch.Tensor, probabilities: torch.Tensor) -> float:
     return float(((counts[seen] - expected[seen]) ** 2 / expected[seen]).sum())
 
 
-def draws(logits: torch.Tensor, sampling: Sampling, count: int = 20_000, forbidden: torch.Tensor | None = None):
+def draws(logits: torch.Tensor, sampling: Sampling, count: int = 20_000, allowed: torch.Tensor | None = None):
     noise = uniforms(7, torch.arange(count), 1)[:, 0]
-    return draw(logits.expand(count, -1), sampling, noise, forbidden)
+    allowed = None if allowed is None else allowed.expand(count, -1)
+    return draw(logits.expand(count, -1), sampling, noise, allowed)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -63,7 +64,9 @@ def test_filters_keep_exactly_the_tokens_of_their_definition(sampling: Sampling,
 
 
 def test_a_forbidden_token_is_never_drawn_and_log_probs_stay_those_of_the_model() -> None:
-    tokens, log_probs = draws(PROBABILITIES.log(), Sampling(1), forbidden=torch.tensor([0]))
+    tokens, log_probs = draws(
+        PROBABILITIES.log(), Sampling(1), allowed=PROBABILITIES.log().index_fill(0, torch.tensor([0]), -torch.inf)
+    )
     expected = torch.tensor([0.0, 0.5, 0.25, 1 / 6, 1 / 12])
     assert chi_square(tokens, expected) < CHI_SQUARE_4
     torch.testing.assert_close(log_probs, PROBABILITIES.log()[tokens])

@@ -242,7 +242,7 @@ ENGINES = [
     ("the old version after a sync", "L4.weights_become_visible", "the versions are 0 and 0"),
     ("weights in another layout", "L4.weights_become_visible", "the plain loop has"),
     ("end tokens are not seen", "L4.endings", "goes on behind its end token"),
-    ("cache rows that do not move", "L4.batch_independence", "responses that differ"),
+    ("a group's last block that is not copied", "L4.batch_independence", "responses that differ"),
     ("drawn too cold", "L4.frequencies", "chi-squared over its degrees of freedom"),
     ("log-probs without the temperature", "L4.log_probs_agree[float32]", "difference at temperature 0.7"),
     ("a cache kept asleep", "L4.sleep_frees_memory[2]", "share of weights and cache still in use"),

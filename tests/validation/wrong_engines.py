@@ -9,19 +9,18 @@ import torch
 from torch import Tensor
 
 from siirl.algorithms import advantages
-from siirl.rollout import engine as engines
-from siirl.rollout.engine import NativeEngine, SleepLevel
+from siirl.rollout import sampler
+from siirl.rollout.blocks import BlockPool, Ints
+from siirl.rollout.contract import SleepLevel
+from siirl.rollout.engine import NativeEngine
+from siirl.rollout.sampler import Sampler
 from siirl.rollout.sampling import Sampling
-from siirl.rollout.state import CachedState
+from siirl.rollout.state import PagedState
 from siirl.training.fsdp import TrainingEngine
 
 _sleep, _wake, _abort = NativeEngine.sleep, NativeEngine.wake, NativeEngine.abort
-_draw, _keep, _group_advantages, _clip = (
-    engines.draw,
-    CachedState.keep,
-    advantages.group_advantages,
-    TrainingEngine._clip,
-)
+_draw, _group_advantages, _clip = sampler.draw, advantages.group_advantages, TrainingEngine._clip
+_make = Sampler.__init__
 
 
 def _weights_stay(self: NativeEngine, named: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -45,16 +44,12 @@ def _transposed_where_square(self: NativeEngine, named: Iterable[tuple[str, Tens
                 parameter.copy_(parameter.flip(0))
 
 
-def _never_ends(self: NativeEngine, tokens_B: Tensor, sampling: Sampling) -> Tensor:
-    return torch.zeros(len(tokens_B), dtype=torch.bool)
+def _never_ends(self: Sampler, sampling: Sampling, ends: list[int], *rest: Any) -> None:
+    _make(self, sampling, ends if sampling.ignore_eos else [], *rest)
 
 
-def _cache_not_moved(self: CachedState, order: Tensor) -> None:
-    lengths = self._lengths.clone()
-    cache = self._cache.clone()
-    _keep(self, order)
-    self._cache.copy_(cache)
-    self._lengths[: len(order)] = lengths[order]
+def _not_copied(self: PagedState, source: Ints, target: Ints) -> None:
+    pass
 
 
 def _too_cold(logits_BV: Tensor, sampling: Sampling, *rest: Any) -> Any:
@@ -81,13 +76,13 @@ def _one_per_cent_more(self: TrainingEngine) -> float:
 
 
 def _keeps_its_cache(self: NativeEngine, level: SleepLevel = 1) -> None:
-    room = self._room
+    cache = self.cache
     _sleep(self, level)
-    self._room = room
+    self.cache = cache
 
 
 def _keeps_its_weights(self: NativeEngine, level: SleepLevel = 1) -> None:
-    self._room, self._asleep = None, {}
+    self.cache, self._pool, self._asleep = None, BlockPool(0), {}
 
 
 def _wakes_without_asking_for_weights(self: NativeEngine) -> None:
@@ -110,10 +105,10 @@ PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
     "stale weights after a sync": [(NativeEngine, "update_weights", _weights_stay)],
     "the old version after a sync": [(NativeEngine, "update_weights", _version_stays)],
     "weights in another layout": [(NativeEngine, "update_weights", _transposed_where_square)],
-    "end tokens are not seen": [(NativeEngine, "_eos", _never_ends)],
-    "cache rows that do not move": [(CachedState, "keep", _cache_not_moved)],
-    "drawn too cold": [(engines, "draw", _too_cold)],
-    "log-probs without the temperature": [(engines, "draw", _log_probs_untempered)],
+    "end tokens are not seen": [(Sampler, "__init__", _never_ends)],
+    "a group's last block that is not copied": [(PagedState, "copy", _not_copied)],
+    "drawn too cold": [(sampler, "draw", _too_cold)],
+    "log-probs without the temperature": [(sampler, "draw", _log_probs_untempered)],
     "a cache kept asleep": [(NativeEngine, "sleep", _keeps_its_cache)],
     "weights kept asleep": [(NativeEngine, "sleep", _keeps_its_weights), (NativeEngine, "wake", lambda self: None)],
     "woken without its weights": [(NativeEngine, "wake", _wakes_without_asking_for_weights)],
