@@ -76,6 +76,20 @@ class PagedSequences:
         """Position of each new token within its sequence, int64 [T]."""
         return _places(self.lengths, self.starts)[1]
 
+    @cached_property
+    def alike(self) -> list[Tensor]:
+        """The sequences in groups of about as many new tokens, int64 each: a rectangle of each wastes little."""
+        if self.longest_query == 1:
+            return [torch.arange(len(self.lengths), device=self.lengths.device)]
+        counts = self.starts.diff().tolist()
+        groups: list[list[int]] = []
+        for row in sorted(range(len(counts)), key=counts.__getitem__, reverse=True):
+            most = counts[groups[-1][0]] if groups else 0
+            if not groups or most > 1.5 * counts[row]:
+                groups.append([])
+            groups[-1].append(row)
+        return [torch.tensor(rows, dtype=torch.int64, device=self.lengths.device) for rows in groups]
+
     def to(self, device: torch.device | str) -> PagedSequences:
         """The same sequences elsewhere."""
         tables, lengths, starts, slots = (x.to(device) for x in (self.tables, self.lengths, self.starts, self.slots))

@@ -107,21 +107,25 @@ def paged_attention(
     size = keys_PSKD.shape[1]
     for cache_PSKD, new_TKD in ((keys_PSKD, k_TKD), (values_PSKD, v_TKD)):
         cache_PSKD[sequences.slots // size, sequences.slots % size] = new_TKD
-    if not len(q_TND):
-        return torch.empty_like(q_TND)
-    starts = sequences.starts.long()
-    counts_B, column = starts.diff(), torch.arange(sequences.longest, device=q_TND.device)
-    within = torch.arange(sequences.longest_query, device=q_TND.device)
-    position_BQ = (sequences.lengths - counts_B)[:, None] + within
-    written_BL = column < sequences.lengths[:, None]
-    blocks = sequences.tables[:, : -(-sequences.longest // size)].long()
-    k_BLKD, v_BLKD = (
-        cache[blocks].flatten(1, 2)[:, : sequences.longest].masked_fill(~written_BL[..., None, None], 0.0)
-        for cache in (keys_PSKD, values_PSKD)
-    )
-    q_BQND = q_TND[(starts[:-1, None] + within).clamp(max=len(q_TND) - 1)]
-    out_BQND = _attend(q_BQND, k_BLKD, v_BLKD, column <= position_BQ[..., None])
-    return out_BQND[within < counts_B[:, None]]
+    out_TND = torch.empty_like(q_TND)
+    for rows in sequences.alike if len(q_TND) else ():
+        starts_B, lengths_B = sequences.starts[rows].long(), sequences.lengths[rows]
+        counts_B = sequences.starts[rows + 1] - starts_B
+        column = torch.arange(sequences.longest, device=q_TND.device)
+        # longest first, so that the first has the group's number of new tokens
+        within = torch.arange(int(counts_B[0]), device=q_TND.device)
+        position_BQ = (lengths_B - counts_B)[:, None] + within
+        written_BL = column < lengths_B[:, None]
+        blocks = sequences.tables[rows, : -(-sequences.longest // size)].long()
+        k_BLKD, v_BLKD = (
+            cache[blocks].flatten(1, 2)[:, : sequences.longest].masked_fill(~written_BL[..., None, None], 0.0)
+            for cache in (keys_PSKD, values_PSKD)
+        )
+        index_BQ = (starts_B[:, None] + within).clamp(max=len(q_TND) - 1)
+        out_BQND = _attend(q_TND[index_BQ], k_BLKD, v_BLKD, column <= position_BQ[..., None])
+        there_BQ = within < counts_B[:, None]
+        out_TND[index_BQ[there_BQ]] = out_BQND[there_BQ]
+    return out_TND
 
 
 def _attend(q_BQND: Tensor, k_BLKD: Tensor, v_BLKD: Tensor, mask_BQL: Tensor) -> Tensor:

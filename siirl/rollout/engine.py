@@ -156,11 +156,11 @@ class NativeEngine:
             return UncachedState(self.decoder), rows
         dtype = self.decoder.head_weight.dtype
         affordable = self._cache_bytes // (BLOCK * cache_bytes_per_token(self.decoder.config, dtype))
-        return PagedState(self.decoder, self._cache_of(max(blocks, min(rows * blocks, affordable)))), rows
+        return PagedState(self.decoder, self._cache_of(self.decoder, max(blocks, min(rows * blocks, affordable)))), rows
 
-    def _cache_of(self, blocks: int) -> Tensor:
+    def _cache_of(self, decoder: Decoder, blocks: int) -> Tensor:
         """The cache of earlier calls, made larger where it has to be; it keeps its prefixes if both fit the budget."""
-        shape = cache_shape(self.decoder.config, blocks)
+        shape = cache_shape(decoder.config, blocks)
         if self.cache is not None and len(self._pool) < blocks:
             size = math.prod(shape) * self.cache.itemsize
             if self.cache.nbytes + size <= self._cache_bytes:
@@ -171,7 +171,7 @@ class NativeEngine:
             else:
                 self.cache = None  # freed before more is asked for
         if self.cache is None:
-            self.cache = self.decoder.head_weight.new_empty(shape)
+            self.cache = decoder.head_weight.new_empty(shape)
             self._pool = BlockPool(blocks)
         return self.cache
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from siirl.model.config import DecoderConfig
@@ -24,10 +25,13 @@ if TYPE_CHECKING:
     from siirl.model.fallback import AnyDecoder
 
 
+Tables = NDArray[np.int32]
+
+
 class State(Protocol):
     """What is kept of sequences between tokens."""
 
-    def forward(self, sequences: Sequences, work: Work, tables: Ints) -> Tensor:
+    def forward(self, sequences: Sequences, work: Work, tables: Tables) -> Tensor:
         """Hidden states of the new tokens of ``work``, [T, H]; ``tables``: int32 [rows, M], blocks of each row."""
         ...
 
@@ -52,7 +56,7 @@ class PagedState:
     def __init__(self, decoder: Decoder, cache: Tensor) -> None:
         self._decoder, self._cache = decoder, cache
 
-    def forward(self, sequences: Sequences, work: Work, tables: Ints) -> Tensor:
+    def forward(self, sequences: Sequences, work: Work, tables: Tables) -> Tensor:
         device = self._cache.device
         tokens_T, positions_T, paged = arrange(sequences, work, tables, device)
         return self._decoder(tokens_T, positions_T, _PagedAttention(self._cache, paged))
@@ -63,7 +67,7 @@ class PagedState:
 
 
 def arrange(
-    sequences: Sequences, work: Work, tables: Ints, device: torch.device
+    sequences: Sequences, work: Work, tables: Tables, device: torch.device
 ) -> tuple[Tensor, Tensor, PagedSequences]:
     """The new tokens, their positions, int64 [T] each, and where their sequences lie in the cache."""
     longest = int((work.first + work.counts).max())
@@ -105,7 +109,7 @@ class UncachedState:
     def __init__(self, decoder: AnyDecoder) -> None:
         self._decoder = decoder
 
-    def forward(self, sequences: Sequences, work: Work, tables: Ints) -> Tensor:
+    def forward(self, sequences: Sequences, work: Work, tables: Tables) -> Tensor:
         device = self._decoder.head_weight.device
         ends = work.first + work.counts
         packed = PackedSequences(tuple(ends.tolist()), device)
