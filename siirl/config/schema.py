@@ -119,6 +119,9 @@ class RolloutConfig(Section):
     cache_fraction: float = Field(0.3, gt=0, le=1, description="the cache's share of the memory that a worker may use")
     chunk_tokens: Positive = Field(8192, description="prompt tokens computed beside one token of every response")
     max_sequences: Positive = Field(512, description="sequences decoded together on one worker")
+    partial: Fraction = Field(
+        0.0, description="more prompts in flight, as a share of a step's; the longest responses go on in the next step"
+    )
     workers: Positive | None = Field(None, description="disaggregated: workers that generate; default: half of all")
     max_staleness: NonNegative = Field(
         0, description="disaggregated: steps that generation runs ahead of training; 0: on-policy"

@@ -77,6 +77,7 @@ def plan_steps(
     place = Placement.of(config, workers)
     layouts = _layouts(items, config, place)
     roles = _roles(items, layouts, place)
+    _check_partial(items, config, place)
     steps = _assemble(items, layouts, roles, moving=True)  # for one worker too: a pipeline is right for any number
     if workers == 1:
         steps = _assemble(items, layouts, roles, moving=False)
@@ -262,6 +263,22 @@ def _roles(order: Iterable[Live], layouts: dict[str, Layout | None], place: Plac
     if place.disaggregated and not {"rollout", "training"} <= {*roles.values()}:
         raise RequestError("the pipeline has nothing for workers of their own to do; set placement=colocated")
     return roles
+
+
+def _check_partial(order: Iterable[Live], config: Config, place: Placement) -> None:
+    """Refuse to carry unfinished responses where nobody could go on with them."""
+    if not config.rollout.partial:
+        return
+    key = "rollout.partial"
+    if place.disaggregated:
+        raise RequestError(
+            f"{key} carries responses over on the workers that train; set {key}=0 or placement=colocated"
+        )
+    if config.rollout.engine != "native":
+        raise RequestError(f"{key} needs rollout.engine=native, not {config.rollout.engine}; set {key}=0")
+    for item in order:
+        if item.node.op == "dynamic_sampling":
+            raise item.node.error(f"has rounds of its own, across which nothing is carried; set {key}=0")
 
 
 def _assemble(

@@ -64,10 +64,9 @@ class GroupPool:
         self.rounds = 0
         self._held = 0  # groups, over all workers
 
-    @property
-    def prompts(self) -> int:
+    def next_prompts(self, collectives: Collectives) -> int:
         """Prompts of the round that comes next, over all workers; 0 when the groups held fill a step."""
-        return round_size(self._held, self._wanted, self._oversample)
+        return self._missing()
 
     def begin(self) -> None:
         """Begin a step: no round has been generated for it."""
@@ -82,7 +81,7 @@ class GroupPool:
         Returns:
             This worker's rows of the step, with their slots; None while another round is due.
         """
-        self.rounds += self.prompts > 0
+        self.rounds += self._missing() > 0
         self.rows = _joined(self.rows, rows)
         everyone = self._everyone(collectives)
         self._held = len(everyone)
@@ -108,6 +107,9 @@ class GroupPool:
             rows = Batch.concat(held)
             self.rows = rows.take(rows.dense("sample_id").argsort())
         self._held = len(self._everyone(collectives))
+
+    def _missing(self) -> int:
+        return round_size(self._held, self._wanted, self._oversample)
 
     def _everyone(self, collectives: Collectives) -> Ints:
         """The numbers of all groups that the workers hold, int64 [groups]."""

@@ -19,6 +19,7 @@ from siirl.data.transport import Transports
 from siirl.device.backend import Backend
 from siirl.device.collectives import Collectives
 from siirl.rewards.pool import RewardPool
+from siirl.rollout.partial import CarriedGroups
 from siirl.telemetry.accumulator import StepMetrics
 
 if TYPE_CHECKING:
@@ -32,8 +33,9 @@ class Context:
     ``collectives`` and ``transports`` are of the workers that share this one's role, ``world`` and
     ``world_transports`` of all. Rows that travel while a node uses the collectives of all workers travel on others of
     their own. ``step`` counts from 1; ``policy_version`` is the number of steps that the rollout engine's weights
-    have seen; ``rollout_seed`` differs by stage, for sample ids begin anew in each. ``pool`` is there where the
-    pipeline has a node with ``op: dynamic_sampling``.
+    have seen; ``rollout_seed`` differs by stage, for sample ids begin anew in each. ``pool`` holds
+    what is kept from step to step: groups that passed the filter where the pipeline has a node with ``op:
+    dynamic_sampling``, groups begun where ``rollout.partial`` is above 0.
     """
 
     stage: str
@@ -53,7 +55,7 @@ class Context:
     metrics: StepMetrics
     kl: KLController
     rollout_seed: int
-    pool: GroupPool | None = None
+    pool: GroupPool | CarriedGroups | None = None
     step: int = 0
     policy_version: int = 0
 

@@ -16,8 +16,11 @@ from siirl.algorithms.rewards_kl import kl_token_rewards
 from siirl.checkpoint.store import directory_name
 from siirl.dag.plan import Step
 from siirl.data.batch import Batch, Column, Ragged
+from siirl.data.dynamic_sampling import GroupPool
 from siirl.rewards.pool import RewardResult
+from siirl.rollout.contract import LENGTH
 from siirl.rollout.options import greedy, sampling_of
+from siirl.rollout.partial import CarriedGroups
 from siirl.telemetry.jsonl import rewrite
 from siirl.training.losses import LOSSES
 from siirl.worker.context import Context, Op, Output
@@ -33,7 +36,8 @@ def _op(function: Callable[..., Any]) -> Callable[..., Any]:
 @_op
 def data(context: Context, batch: Batch, node: Step) -> Output:
     """This worker's prompts of the step, or of the round where groups are sampled dynamically."""
-    items = context.loader.next_indices(None if context.pool is None else context.pool.prompts)
+    prompts = None if context.pool is None else context.pool.next_prompts(context.collectives)
+    items = context.loader.next_indices(prompts)
     read = context.reader.read(items, supervised=bool(node.params.get("supervised")))
     context.metrics.sum("data/skipped", len(items) - len(read))
     if "response_ids" in read:
@@ -44,24 +48,69 @@ def data(context: Context, batch: Batch, node: Step) -> Output:
 @_op
 def rollout(context: Context, batch: Batch, node: Step) -> Output:
     """``rollout.group_size`` responses to each prompt."""
+    if isinstance(context.pool, CarriedGroups):
+        return _partial_rollout(context, context.pool, batch, node)
     config = context.config.rollout
-    group = config.group_size
-    take = torch.arange(len(batch)).repeat_interleave(group)
-    samples = batch.dense("sample_id")[take] + torch.arange(group).repeat(len(batch))
-    prompts = [row.tolist() for row in batch.ragged("prompt_ids").rows()]
+    prompts, samples = _asked(batch, "prompt_ids", config.group_size)
     sampling = sampling_of(config, context.models.encode)
-    done = context.models.rollout.generate(prompts, samples, sampling, group, context.rollout_seed)
-    lengths = done.response_ids.lengths.float()
-    context.metrics.mean("response/truncated_fraction", float((done.finish_reason == 1).sum()), len(lengths))
-    _lengths(context, Batch({"response_ids": done.response_ids, "prompt_ids": batch.ragged("prompt_ids").take(take)}))
+    done = context.models.rollout.generate(prompts, samples, sampling, config.group_size, context.rollout_seed)
+    take = torch.arange(len(batch)).repeat_interleave(config.group_size)
+    versions = torch.full((len(samples),), context.policy_version, dtype=torch.int64)
+    _count_responses(context, batch.ragged("prompt_ids").take(take), done.response_ids, done.finish_reason)
     columns: dict[str, Column] = {
         "sample_id": samples,
         "response_ids": done.response_ids,
         "rollout_log_probs": done.log_probs,
         "finish_reason": done.finish_reason,
-        "policy_version": torch.full((len(samples),), context.policy_version, dtype=torch.int64),
+        "policy_version": versions,
     }
     return Output(columns, take)
+
+
+def _partial_rollout(context: Context, pool: CarriedGroups, batch: Batch, node: Step) -> Output:
+    """Go on with the groups carried, begin those of ``batch``, and end with as many whole ones as a step has."""
+    config, column = context.config.rollout, node.reads["prompt_ids"]
+    held, held_samples = _asked(pool.prompts_held, column, config.group_size)
+    new, new_samples = _asked(batch, "prompt_ids", config.group_size)
+    done = context.models.rollout.generate(
+        held + new,
+        torch.cat((held_samples, new_samples)),
+        sampling_of(config, context.models.encode),
+        config.group_size,
+        context.rollout_seed,
+        pool.begun(len(new_samples)),
+        pool.enough,
+    )
+
+    def end(prompts: Batch) -> Batch:
+        chosen, drawn = pool.split(prompts, done, context.policy_version)
+        rows = chosen.take(torch.arange(len(chosen)).repeat_interleave(config.group_size))
+        _count_responses(context, rows.ragged(column), drawn.ragged("response_ids"), drawn.dense("finish_reason"))
+        context.metrics.sum("rollout/carried_groups", len(pool.prompts_held))
+        columns: dict[str, Column] = {
+            "response_ids": drawn["response_ids"],
+            "rollout_log_probs": drawn["log_probs"],
+            "finish_reason": drawn["finish_reason"],
+            "policy_version": drawn["policy_version"],
+        }
+        written = {node.writes[formal]: values for formal, values in columns.items() if formal in node.writes}
+        return rows.with_columns(sample_id=_asked(chosen, column, config.group_size)[1], **written)
+
+    return Output(whole=end)
+
+
+def _asked(prompts: Batch, column: str, group: int) -> tuple[list[list[int]], torch.Tensor]:
+    """The prompts to generate for, and the ids of their samples, int64 [prompts · group]."""
+    if not len(prompts):
+        return [], torch.empty(0, dtype=torch.int64)
+    samples = prompts.dense("sample_id")[:, None] + torch.arange(group)
+    return [row.tolist() for row in prompts.ragged(column).rows()], samples.flatten()
+
+
+def _count_responses(context: Context, prompt_ids: Ragged, response_ids: Ragged, finish_reason: torch.Tensor) -> None:
+    truncated = float((finish_reason == LENGTH).sum())
+    context.metrics.mean("response/truncated_fraction", truncated, len(finish_reason))
+    _lengths(context, Batch({"response_ids": response_ids, "prompt_ids": prompt_ids}))
 
 
 @_op
@@ -100,7 +149,7 @@ def dynamic_sampling(context: Context, batch: Batch, node: Step) -> Output:
 
 def _fill_step(context: Context, keep: torch.Tensor, batch: Batch) -> Batch | None:
     """The step's rows, or None for another round; ``keep`` marks the rows of this round that passed."""
-    assert context.pool is not None
+    assert isinstance(context.pool, GroupPool)
     pool, metrics = context.pool, context.metrics
     passed = batch.take(keep.nonzero().squeeze(1))
     generated, kept = _groups(batch), _groups(passed)
@@ -177,7 +226,8 @@ def _staleness(context: Context, batch: Batch) -> torch.Tensor:
 
 def _against_behaviour(context: Context, batch: Batch) -> Batch:
     """Where samples may be of an older policy, the ratio is to the policy that drew them, as its engine computed it."""
-    if not context.config.rollout.max_staleness or "rollout_log_probs" not in batch:
+    older = context.config.rollout.max_staleness or context.config.rollout.partial
+    if not older or "rollout_log_probs" not in batch:
         return batch
     return batch.with_columns(old_log_probs=batch["rollout_log_probs"]).drop(["rollout_log_probs"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 import time
@@ -17,6 +18,7 @@ import torch
 from siirl.algorithms.kl import kl_controller
 from siirl.checkpoint import store
 from siirl.config.loader import Resolved, Stage
+from siirl.config.schema import Config
 from siirl.dag.graph import Graph
 from siirl.dag.plan import Placement, WorkerPlan
 from siirl.dag.planner import plan_worker
@@ -31,6 +33,7 @@ from siirl.errors import RequestError, SiirlError
 from siirl.model.export import save_pretrained
 from siirl.rewards.pool import RewardPool
 from siirl.rewards.registry import choose
+from siirl.rollout.partial import CarriedGroups
 from siirl.telemetry.accumulator import StepMetrics
 from siirl.telemetry.metrics import MetricsWriter, TensorBoardWriter
 from siirl.telemetry.trace import Tracer
@@ -206,9 +209,7 @@ class RunWorker:
         stage = self._resolved.stages[index]
         config, plan = stage.config, self._plans[index]
         context = self._context(index, stage)
-        if any(step.op == "dynamic_sampling" for step in plan.steps):
-            algorithm = config.algorithm
-            context.pool = GroupPool(config.data.prompts_per_step, algorithm.oversample, algorithm.max_rounds)
+        context.pool = self._pool(config, {step.op for step in plan.steps})
         context.reader.check_longest()  # before the models of the stage, which take a while
         self._models.begin_stage(config, plan.models, first=index == 0)
         state = self._state if self._state is not None and self._state["stage_index"] == index else None
@@ -223,6 +224,16 @@ class RunWorker:
             if any(step.op in ("reward", "evaluate") for step in plan.steps):
                 context.rewards.start()
             yield worker, context, start
+
+    def _pool(self, config: Config, ops: set[str]) -> GroupPool | CarriedGroups | None:
+        """What a stage keeps from step to step."""
+        wanted, collectives = config.data.prompts_per_step, self._collectives
+        if "dynamic_sampling" in ops:
+            return GroupPool(wanted, config.algorithm.oversample, config.algorithm.max_rounds)
+        if "rollout" in ops and config.rollout.partial:
+            extra = math.ceil(wanted * config.rollout.partial)
+            return CarriedGroups(wanted, extra, config.rollout.group_size, collectives.rank, collectives.size)
+        return None
 
     def _context(self, index: int, stage: Stage) -> Context:
         config, rank, workers = stage.config, self._collectives.rank, self._collectives.size
@@ -294,7 +305,7 @@ class RunWorker:
             if self._place.disaggregated:
                 state |= {"generating": list(self._place.rollout)}
             else:
-                state |= {"loader": context.loader.state_dict(), "leftovers": context.pool is not None}
+                state |= {"loader": context.loader.state_dict(), "leftovers": _leftovers(context)}
             worker = {"rng": self._backend.rng_state().to_json()} | ({} if ahead is None else ahead.to_json())
             held = None if context.pool is None else context.pool.state()
             store.save(
@@ -363,12 +374,23 @@ class RunWorker:
         self._world.barrier()
 
 
+def _leftovers(context: Context) -> str | None:
+    """What a stage keeps groups for."""
+    if context.pool is None:
+        return None
+    return "dynamic_sampling" if isinstance(context.pool, GroupPool) else "rollout.partial"
+
+
 def _check_leftovers(state: dict[str, Any], context: Context) -> None:
     """Refuse to go on where rows that the checkpoint holds for later steps would be lost."""
-    if context.pool is None and state.get("leftovers"):
-        raise RequestError("the checkpoint holds groups for later steps, and this pipeline has no dynamic_sampling")
+    kind = state.get("leftovers")
+    if kind and kind != _leftovers(context):
+        raise RequestError(f"the checkpoint holds groups of {kind} for later steps, and this run has no {kind}")
     if context.pool is not None and "generating" in state:
-        raise RequestError("the checkpoint is of a disaggregated placement, which dynamic_sampling cannot go on from")
+        raise RequestError(
+            "the checkpoint is of a disaggregated placement, which dynamic_sampling and rollout.partial cannot go on "
+            "from"
+        )
 
 
 def run_worker(resolved: Resolved, run_dir: Path, backend: Backend, place: Place, resume: bool) -> int:

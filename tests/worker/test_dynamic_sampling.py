@@ -134,7 +134,7 @@ def test_a_checkpoint_whose_rows_would_be_lost_or_misread_is_refused(recipe: Pat
     waiting = leftovers(last_checkpoint(run))
     assert waiting
     said = runs.run(recipe, run, *USUAL, "pipeline=grpo", "--workers", "2", "--resume", status=2)
-    assert "holds groups for later steps, and this pipeline has no dynamic_sampling" in said
+    assert "holds groups of dynamic_sampling for later steps, and this run has no dynamic_sampling" in said
     assert said.count("\n") == 1 and leftovers(last_checkpoint(run)) == waiting
     ahead = ("pipeline=grpo", "placement=disaggregated", "rollout.max_staleness=1")
     runs.run(recipe, apart, *SGD, *ahead, "training.steps=2", "--workers", "2")
