@@ -14,6 +14,7 @@ from torch import Tensor
 from siirl.data.batch import Ragged
 from siirl.errors import SiirlError
 from siirl.model.decoder import Decoder
+from siirl.rollout.checksum import confirm
 from siirl.rollout.sampling import Sampling, draw, uniforms
 from siirl.rollout.state import CachedState, SequenceState, UncachedState, cache_bytes_per_token, cache_shape
 
@@ -54,8 +55,18 @@ class RolloutEngine(Protocol):
         """Draw ``group_size`` responses to each prompt; ``sample_ids`` is int64 [prompts · group_size]."""
         ...
 
-    def update_weights(self, named: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take over new weights."""
+    def update_weights(self, named: Iterable[tuple[str, Tensor]], version: int, checksum: int | None = None) -> None:
+        """Take over new weights, and confirm them.
+
+        Args:
+            named: the weights; none where the engine computes with training's own tensors.
+            version: that `Completions.version` gives from now on.
+            checksum: of all weights in the engine's dtype (:func:`siirl.rollout.checksum.weights_checksum`); None:
+                nothing is confirmed.
+
+        Raises:
+            SiirlError: weights are missing, or those that the engine holds now have another checksum.
+        """
         ...
 
     def abort(self, sample_ids: Tensor | None = None) -> None:
@@ -107,13 +118,17 @@ class NativeEngine:
         self._dropped: set[str] = set()
         self._aborts: deque[Tensor | None] = deque()
 
-    def update_weights(self, named: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def update_weights(self, named: Iterable[tuple[str, Tensor]], version: int, checksum: int | None = None) -> None:
         self._require_awake("take new weights")
         own = dict(self.decoder.named_parameters())
+        received = []
         with torch.no_grad():
             for name, tensor in named:
                 own[name].copy_(tensor)
                 self._dropped.discard(name)
+                received.append(name)
+        if checksum is not None:
+            confirm(version, checksum, own.items(), received, own)
         self.version = version
 
     def abort(self, sample_ids: Tensor | None = None) -> None:

@@ -24,18 +24,20 @@ _draw, _keep, _group_advantages, _clip = (
 )
 
 
-def _weights_stay(self: NativeEngine, named: Iterable[tuple[str, Tensor]], version: int) -> None:
+def _weights_stay(self: NativeEngine, named: Iterable[tuple[str, Tensor]], version: int, checksum: Any = None) -> None:
     self.version = version
 
 
-def _version_stays(self: NativeEngine, named: Iterable[tuple[str, Tensor]], version: int) -> None:
+def _version_stays(self: NativeEngine, named: Iterable[tuple[str, Tensor]], version: int, checksum: Any = None) -> None:
     own = dict(self.decoder.named_parameters())
     with torch.no_grad():
         for name, tensor in named:
             own[name].copy_(tensor)
 
 
-def _transposed_where_square(self: NativeEngine, named: Iterable[tuple[str, Tensor]], version: int) -> None:
+def _transposed_where_square(
+    self: NativeEngine, named: Iterable[tuple[str, Tensor]], version: int, checksum: Any = None
+) -> None:
     _version_stays(self, ((n, t.t() if t.dim() == 2 and t.shape[0] == t.shape[1] else t) for n, t in named), version)
     self.version = version
     # where no weight is square, the heads of the queries are in another order
