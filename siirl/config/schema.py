@@ -107,6 +107,9 @@ class RolloutConfig(Section):
     ignore_eos: bool = Field(False, description="never draw an end token: every response has max_new_tokens")
     stop: list[str] = Field(default_factory=list, description="strings that end a response")
     max_sequences: Positive = Field(512, description="sequences decoded together on one worker")
+    probe_bound: NonNegativeFloat | None = Field(
+        None, description="after a weight sync: largest difference of a log-prob from training's; null: by dtype"
+    )
     workers: Positive | None = Field(None, description="disaggregated: workers that generate; default: half of all")
     max_staleness: NonNegative = Field(
         0, description="disaggregated: steps that generation runs ahead of training; 0: on-policy"

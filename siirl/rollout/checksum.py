@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 
 import torch
@@ -18,8 +18,8 @@ _PIECE = 2**18
 _PIECE_FACTOR = 0x5851F42D4C957F2D  # odd, as every factor here
 
 
-def weights_checksum(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> int:
-    """A number from 0 to 2⁶³ - 1 that names, shapes, dtypes and every bit of the weights go into; their order does not.
+class Checksum:
+    """Sums up weights as they pass by, each on its own device in one pass; eight bytes a tensor go to the host.
 
     The bytes of a tensor are read as 32-bit words w_i, and Σ w_i · m_i mod 2⁶⁴ is taken with odd factors m_i of 64 bits
     drawn for each place (multilinear hashing: Carter and Wegman 1979; Lemire and Kaser, arXiv 1202.4961). An odd factor
@@ -27,21 +27,39 @@ def weights_checksum(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype | N
     probability of at most 2⁻³². The names, shapes and sums are then hashed by BLAKE2b and added up. It is no signature:
     it finds accidents, not an adversary.
 
-    Computed on each tensor's own device in one pass; eight bytes a tensor go to the host.
-
     Args:
-        named: names and tensors of any dtype; a generator is consumed once, one tensor alive at a time.
         dtype: to which each tensor is cast first, as an engine of that dtype does; None: as they are.
     """
-    held: list[tuple[str, tuple[int, ...], torch.dtype, Tensor]] = []
-    for name, tensor in named:
-        cast = tensor.detach() if dtype is None else tensor.detach().to(dtype)
-        held.append((name, tuple(cast.shape), cast.dtype, _weigh(cast)))
-    total = 0
-    for name, shape, kind, weighed in held:
-        text = f"{name} {list(shape)} {kind} {weighed.item()}"
-        total += int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-    return total & _MASK
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self._dtype = dtype
+        self._seen: list[tuple[str, Tensor]] = []
+
+    def passing(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[Tensor]:
+        """The tensors, cast, one after another; a generator is consumed as this one is."""
+        for name, tensor in named:
+            cast = tensor.detach() if self._dtype is None else tensor.detach().to(self._dtype)
+            self._seen.append((f"{name} {list(cast.shape)} {cast.dtype}", _weigh(cast)))
+            yield cast
+
+    def value(self) -> int:
+        """The checksum of what has passed."""
+        total = 0
+        for about, weighed in self._seen:
+            text = f"{about} {weighed.item()}"
+            total += int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+        return total & _MASK
+
+
+def weights_checksum(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> int:
+    """A number from 0 to 2⁶³ - 1 that names, shapes, dtypes and every bit of the weights go into; their order does not.
+
+    See :class:`Checksum`. A generator of weights is consumed once, one tensor alive at a time.
+    """
+    checksum = Checksum(dtype)
+    for _ in checksum.passing(named):
+        pass
+    return checksum.value()
 
 
 def confirm(

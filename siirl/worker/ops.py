@@ -58,7 +58,7 @@ def rollout(context: Context, batch: Batch, node: Step) -> Output:
         config.ignore_eos,
         tuple(config.stop),
     )
-    done = context.models.rollout.generate(prompts, samples, sampling, group, context.rollout_seed)
+    done = context.models.generate(prompts, samples, sampling, group, context.rollout_seed)
     lengths = done.response_ids.lengths.float()
     context.metrics.mean("response/truncated_fraction", float((done.finish_reason == 1).sum()), len(lengths))
     _lengths(context, Batch({"response_ids": done.response_ids, "prompt_ids": batch.ragged("prompt_ids").take(take)}))
@@ -207,7 +207,7 @@ def evaluate(context: Context, batch: Batch, node: Step) -> None:
     config = context.config.rollout
     sampling = Sampling(config.max_new_tokens, temperature=0.0, ignore_eos=config.ignore_eos, stop=tuple(config.stop))
     ids = [row.tolist() for row in prompts.ragged("prompt_ids").rows()]
-    done = context.models.rollout.generate(ids, prompts.dense("sample_id"), sampling, 1, 0)
+    done = context.models.generate(ids, prompts.dense("sample_id"), sampling, 1, 0)
     results = _score(context, prompts.with_columns(response_ids=done.response_ids))
     good = [r.reward for r in results if r.reward is not None]
     context.metrics.mean("eval/reward_mean", sum(good), len(good))
