@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from siirl.algorithms.kl import kl_controller
+from siirl.algorithms.mismatch import Trust
 from siirl.checkpoint import store
 from siirl.config.loader import Resolved, Stage
 from siirl.dag.graph import Graph
@@ -259,6 +260,9 @@ class RunWorker:
             metrics=StepMetrics(),
             kl=kl_controller(config.algorithm),
             rollout_seed=config.seed * 1_000 + index,
+            trust=Trust(config.algorithm.trust_bound, config.algorithm.trust_every)
+            if config.algorithm.old_log_probs == "trust"
+            else None,
         )
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -298,6 +302,8 @@ class RunWorker:
                 "kl": context.kl.state_dict(),
                 "own_reference": not self._models.reloadable_reference,
             }
+            if context.trust is not None:
+                state["trust"] = context.trust.state_dict()
             if self._place.disaggregated:
                 state |= {"generating": list(self._place.rollout)}
             else:
@@ -325,6 +331,8 @@ class RunWorker:
             store.load_tensors(self._checkpoint, self._models.tensors(), self._collectives)
         context.loader.load_state_dict(self._loader_state(state))
         context.kl.load_state_dict(state["kl"])
+        if context.trust is not None and "trust" in state:  # else the next step measures
+            context.trust.load_state_dict(state["trust"])
         if context.pool is not None:
             savers = range(self._collectives.rank, state["workers"], self._collectives.size)  # each goes to one worker
             held = [store.load_worker_tensors(self._checkpoint, saver) for saver in savers]
