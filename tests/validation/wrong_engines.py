@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from siirl.algorithms import advantages
+from siirl.rollout import checksum
 from siirl.rollout import engine as engines
 from siirl.rollout.engine import NativeEngine, SleepLevel
 from siirl.rollout.sampling import Sampling
@@ -16,6 +17,7 @@ from siirl.rollout.state import CachedState
 from siirl.training.fsdp import TrainingEngine
 
 _sleep, _wake, _abort = NativeEngine.sleep, NativeEngine.wake, NativeEngine.abort
+_words = checksum._words
 _draw, _keep, _group_advantages, _clip = (
     engines.draw,
     CachedState.keep,
@@ -35,6 +37,13 @@ def _version_stays(self: NativeEngine, named: Iterable[tuple[str, Tensor]], vers
             own[name].copy_(tensor)
 
 
+def _confirms_nothing(
+    self: NativeEngine, named: Iterable[tuple[str, Tensor]], version: int, checksum: Any = None
+) -> None:
+    _version_stays(self, named, version)
+    self.version = version
+
+
 def _transposed_where_square(
     self: NativeEngine, named: Iterable[tuple[str, Tensor]], version: int, checksum: Any = None
 ) -> None:
@@ -45,6 +54,11 @@ def _transposed_where_square(
         if name.endswith("q_proj.weight"):
             with torch.no_grad():
                 parameter.copy_(parameter.flip(0))
+
+
+def _every_other(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    words, rest = _words(tensor)
+    return words[1::2], rest
 
 
 def _never_ends(self: NativeEngine, tokens_B: Tensor, sampling: Sampling) -> Tensor:
@@ -112,6 +126,8 @@ PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
     "stale weights after a sync": [(NativeEngine, "update_weights", _weights_stay)],
     "the old version after a sync": [(NativeEngine, "update_weights", _version_stays)],
     "weights in another layout": [(NativeEngine, "update_weights", _transposed_where_square)],
+    "weights that nobody confirms": [(NativeEngine, "update_weights", _confirms_nothing)],
+    "a checksum of every other number": [(checksum, "_words", _every_other)],
     "end tokens are not seen": [(NativeEngine, "_eos", _never_ends)],
     "cache rows that do not move": [(CachedState, "keep", _cache_not_moved)],
     "drawn too cold": [(engines, "draw", _too_cold)],
