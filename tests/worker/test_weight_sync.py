@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from siirl.worker.models import Models
 from siirl.worker.weights import Message, WeightReceiver, WeightSender
 from siirl_kernels import bind
 from tests import device_under_test
+from tests.worker import runs
 
 _update = NativeEngine.update_weights
 
@@ -229,3 +231,39 @@ def test_the_message_before_once_more_is_noticed() -> None:
     wire.sent[1:-1] = old
     with pytest.raises(SiirlError, match="weights of version 2 did not arrive as they were sent"):
         take(made, receiver.receive())
+
+
+STALE = """
+import torch
+
+kept = []
+
+def freeze(batch, context):
+    actor = context.models.actor
+    if not kept:
+        kept.extend((name, weight.clone()) for name, weight in actor.named_weights())
+        actor.named_weights = lambda: iter(kept)
+    return {"seen": torch.ones(len(batch))}
+"""
+
+
+@pytest.mark.slow
+def test_a_run_whose_trainer_sends_the_weights_of_the_start_ends(tmp_path: Path) -> None:
+    """Two processes: the step after, the worker that generates says what is wrong."""
+    shipped = (Path(__file__).parents[2] / "configs" / "pipelines" / "grpo.yaml").read_text()
+    (tmp_path / "stale.py").write_text(STALE)
+    node = f"""  - id: freeze
+    op: python:{tmp_path}/stale.py:freeze
+    layout: tokens
+    reads: [response_ids]
+    writes: [seen]
+
+  - id: update
+"""
+    head, _, tail = shipped.partition("  - id: update\n")
+    (tmp_path / "stale.yaml").write_text(head + node + tail.replace("policy_version,", "policy_version, seen,"))
+    recipe = runs.write_recipe(tmp_path)
+    placed = ("placement=disaggregated", "workers=2", "rollout.workers=1")
+    said = runs.run(recipe, tmp_path / "run", f"pipeline={tmp_path}/stale.yaml", *placed, status=1)
+    assert "the rollout engine does not compute with the weights of version" in said
+    assert said.count("\n") == 1 and len(runs.metrics(tmp_path / "run")) < 3
