@@ -83,6 +83,17 @@ class AlgorithmConfig(Section):
     value_coef: NonNegativeFloat = Field(1.0, description="factor of the critic's loss")
     oversample: float = Field(1.0, ge=1, description="dynamic sampling: prompts generated for each missing group")
     max_rounds: Positive = Field(10, description="dynamic sampling: rounds after which a step takes what there is")
+    old_log_probs: Literal["recompute", "trust", "correct"] = Field(
+        "recompute", description="recompute: by training; trust: rollout's, while they agree; correct: by ratio too"
+    )
+    trust_bound: NonNegativeFloat = Field(0.1, description="trust: largest difference of a log-prob, in nats")
+    trust_every: Positive = Field(10, description="trust: every so many steps the difference is measured")
+    correction: Literal["tis", "mis"] = Field("tis", description="importance sampling: tis truncates, mis masks")
+    correction_level: Literal["token", "sequence", "geometric"] = Field(
+        "token", description="ratio of a token, a response's product of them, or their geometric mean"
+    )
+    correction_low: NonNegativeFloat | None = Field(None, description="mis: smaller ratios are masked; null: none")
+    correction_high: PositiveFloat = Field(2.0, description="larger ratios are truncated to it, or masked")
     mini_batches: Positive = Field(1, description="updates per pass over a step's samples")
     epochs: Positive = Field(1, description="passes over a step's samples")
 
@@ -121,6 +132,9 @@ class RolloutConfig(Section):
     max_sequences: Positive = Field(512, description="sequences decoded together on one worker")
     partial: Fraction = Field(
         0.0, description="more prompts in flight, as a share of a step's; the longest responses go on in the next step"
+    )
+    probe_bound: NonNegativeFloat | None = Field(
+        None, description="after a weight sync: largest difference of a log-prob from training's; null: by dtype"
     )
     workers: Positive | None = Field(None, description="disaggregated: workers that generate; default: half of all")
     max_staleness: NonNegative = Field(

@@ -104,7 +104,7 @@ def _check_log_prob(node: Node) -> str | None:
     given = [name for name in pair if name in node.reads]
     if given and node.model != "actor":
         return f"reads '{given[0]}', which is of the actor, not of the {node.model}"
-    return f"reads '{given[0]}' without '{pair[given[0] == pair[0]]}'" if len(given) == 1 else None
+    return "reads 'policy_version' without 'rollout_log_probs'" if given == ["policy_version"] else None
 
 
 def _names(required: str, optional: str = "") -> dict[str, bool]:

@@ -23,6 +23,7 @@ from siirl.config.schema import Config
 from siirl.dag.checks import at, check_nodes
 from siirl.dag.conditions import Dropped, Live, select
 from siirl.dag.graph import Graph
+from siirl.dag.old_log_probs import check_old_log_probs
 from siirl.dag.ops import ROW_IDS, find_op
 from siirl.dag.plan import Layout, Placement, Role, Step, WorkerPlan, rollout_layout, training_layout
 from siirl.errors import RequestError
@@ -69,6 +70,7 @@ def plan_steps(
     """All steps and models of a pipeline: those of every worker, or of each role in a disaggregated placement."""
     check_nodes(graph)
     live, dropped = select(graph, config)
+    check_old_log_probs(live.values(), config)
     edges = _connect(live, dropped)
     _close_round(live, edges)
     order = _sort(live, edges)

@@ -55,13 +55,40 @@ class RolloutEngine(Protocol):
     version: int
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sample_ids: Tensor, sampling: Sampling, group_size: int, seed: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        sample_ids: Tensor,
+        sampling: Sampling,
+        group_size: int,
+        seed: int,
+        begun: Sequence[Begun | None] = (),
+        enough: int | None = None,
     ) -> Completions:
-        """Draw ``group_size`` responses to each prompt; ``sample_ids`` is int64 [prompts · group_size]."""
+        """Draw responses.
+
+        Args:
+            prompts: token ids.
+            sample_ids: int64 [prompts · group_size]; with the seed they decide what is drawn.
+            sampling: how.
+            group_size: responses to each prompt.
+            seed: of the call.
+            begun: responses to go on from, one per sample; where it is None, from the prompt.
+            enough: return as soon as so many groups have ended, the others unfinished.
+        """
         ...
 
-    def update_weights(self, named: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take over new weights."""
+    def update_weights(self, named: Iterable[tuple[str, Tensor]], version: int, checksum: int | None = None) -> None:
+        """Take over new weights, and confirm them.
+
+        Args:
+            named: the weights; none where the engine computes with training's own tensors.
+            version: that `Completions.version` gives from now on.
+            checksum: of all weights in the engine's dtype (:func:`siirl.rollout.checksum.weights_checksum`); None:
+                nothing is confirmed.
+
+        Raises:
+            SiirlError: weights are missing, or those that the engine holds now have another checksum.
+        """
         ...
 
     def abort(self, sample_ids: Tensor | None = None) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from siirl.errors import SiirlError
 from siirl.model.decoder import Decoder
 from siirl.rollout.blocks import BLOCK, BlockPool, Ints
+from siirl.rollout.checksum import confirm
 from siirl.rollout.contract import UNFINISHED, Begun, Completions, SleepLevel
 from siirl.rollout.drafts import guess
 from siirl.rollout.sampler import Drawn, Sampler
@@ -60,13 +61,17 @@ class NativeEngine:
         self._dropped: set[str] = set()
         self._aborts: deque[Tensor | None] = deque()
 
-    def update_weights(self, named: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def update_weights(self, named: Iterable[tuple[str, Tensor]], version: int, checksum: int | None = None) -> None:
         self._require_awake("take new weights")
         own = dict(self.decoder.named_parameters())
+        received = []
         with torch.no_grad():
             for name, tensor in named:
                 own[name].copy_(tensor)
                 self._dropped.discard(name)
+                received.append(name)
+        if checksum is not None:
+            confirm(version, checksum, own.items(), received, own)
         self.version = version
 
     def abort(self, sample_ids: Tensor | None = None) -> None:
@@ -107,12 +112,6 @@ class NativeEngine:
         begun: Sequence[Begun | None] = (),
         enough: int | None = None,
     ) -> Completions:
-        """See :class:`siirl.rollout.contract.RolloutEngine`.
-
-        Args:
-            begun: responses to go on from, one per sample; where it is None, from the prompt.
-            enough: return as soon as so many groups have ended, the others unfinished.
-        """
         self._require_awake("generate")
         if self._dropped:
             raise SiirlError(f"the weight '{min(self._dropped)}' was dropped while the rollout engine slept: update it")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -37,13 +37,19 @@ class LogProbModel(nn.Module):
         super().__init__()
         self.decoder = decoder
 
-    def forward(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, ...]:
-        """Log-probs and entropies of the response tokens, float32 [R] each."""
+    def forward(self, micro: MicroBatch, temperature: float, greedy: bool = False) -> tuple[Tensor, ...]:
+        """Log-probs and entropies of the response tokens, float32 [R] each.
+
+        With ``greedy`` they are of the likeliest tokens instead, whose ids come third, int64 [R].
+        """
         hidden = self.decoder(micro.tokens_T, micro.sequences.positions, PackedAttention(micro.sequences))
         hidden, weight = hidden[micro.predict_R], self.decoder.head_weight
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
+        if greedy:
+            tokens_R = nn.functional.linear(hidden, cast(Tensor, weight)).argmax(-1)
+            return (*kernels.linear_log_prob(hidden, weight, tokens_R, temperature), tokens_R)
         return kernels.linear_log_prob(hidden, weight, micro.targets_R, temperature)
 
 
@@ -116,6 +122,25 @@ class TrainingEngine:
                     out[offsets[row] : offsets[row + 1]] = values[start:end]
         return Ragged(out, offsets)
 
+    @torch.no_grad()
+    def greedy(self, prompts: Sequence[Sequence[int]], count: int) -> tuple[Tensor, Tensor]:
+        """Continue each prompt by its likeliest tokens, past end tokens too. A collective where the model is sharded.
+
+        Returns:
+            The tokens, int64 [prompts, count], and their log-probs at temperature 1, float32, on the host.
+        """
+        texts = [list(prompt) for prompt in prompts]
+        next_one = Ragged.from_lists([torch.zeros(1, dtype=torch.int64)] * len(texts), torch.int64)  # is not read
+        tokens, log_probs = [], []
+        for _ in range(count):
+            rows = Ragged.from_lists([torch.tensor(text) for text in texts], torch.int64)
+            batch = Batch({"prompt_ids": rows, "response_ids": next_one})
+            found = self._compute(pack(batch, torch.arange(len(texts)), self._device), 1.0, True)
+            tokens.append(found[2].cpu())
+            log_probs.append(found[0].float().cpu())
+            texts = [[*text, int(token)] for text, token in zip(texts, tokens[-1], strict=True)]
+        return torch.stack(tokens, 1), torch.stack(log_probs, 1)
+
     def update(self, batch: Batch, loss: Loss, step: int, metrics: StepMetrics) -> None:
         """Run the step's updates: ``algorithm.epochs`` passes of ``algorithm.mini_batches`` mini-batches.
 
@@ -173,11 +198,13 @@ class TrainingEngine:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _forward(self, micro: MicroBatch) -> tuple[Tensor, ...]:
-        temperature = self._config.rollout.temperature or 1.0
+        return self._compute(micro, self._config.rollout.temperature or 1.0)
+
+    def _compute(self, *arguments: Any) -> tuple[Tensor, ...]:
         if self._dtype == torch.float32 or self.sharded:
-            return self.module(micro, temperature)
+            return self.module(*arguments)
         with self._backend.autocast(self._dtype):
-            return self.module(micro, temperature)
+            return self.module(*arguments)
 
     def _mini_batches(self, batch: Batch, count: int) -> list[Tensor]:
         index = mini_batch_index(batch.dense("slot"), self._config.data.prompts_per_step, count)

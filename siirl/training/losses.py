@@ -11,6 +11,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from siirl.algorithms.kl import kl_estimate
+from siirl.algorithms.mismatch import correction, ratio_statistics
 from siirl.algorithms.policy_losses import PolicyLossInput
 from siirl.algorithms.registry import get_policy_loss
 from siirl.algorithms.value_loss import value_loss
@@ -26,7 +27,9 @@ def policy_update(config: AlgorithmConfig) -> Loss:
     """Policy loss, KL to a reference, entropy bonus.
 
     Without a column ``old_log_probs`` the samples are of the very policy that is updated: its own log-probs, detached,
-    stand in, and the ratio is exactly 1 whatever the split into micro-batches.
+    stand in, and the ratio is exactly 1 whatever the split into micro-batches. With a column ``rollout_log_probs`` the
+    agreement of rollout and training is measured, and with ``algorithm.old_log_probs: correct`` the policy loss, but
+    neither KL nor entropy, is weighed by it (see :func:`siirl.algorithms.mismatch.correction`).
     """
     policy_loss = get_policy_loss(config.policy_loss)
 
@@ -37,8 +40,16 @@ def policy_update(config: AlgorithmConfig) -> Loss:
         advantages_R = rows.ragged("advantages").values.to(device)
         offsets = rows.ragged("response_ids").offsets.to(device)
         loss_R, stats = policy_loss(PolicyLossInput(log_probs_R, old_R, advantages_R, offsets), config)
-        total = (weights_R * loss_R).sum()
         counted = (weights_R > 0).float()
+        policy_R = weights_R
+        if "rollout_log_probs" in rows:
+            rollout_R = rows.ragged("rollout_log_probs").values.to(device)
+            _add_agreement(old_R, rollout_R, counted, metrics)
+            if config.old_log_probs == "correct":
+                factor_R, bounded_R = correction(old_R, rollout_R, offsets, config)
+                policy_R = weights_R * factor_R
+                _add_correction(config.correction, factor_R, bounded_R, counted, metrics)
+        total = (policy_R * loss_R).sum()
         tokens = counted.sum().item()
         kl_R = old_R - log_probs_R.detach()
         if "ref_log_probs" in rows:
@@ -49,10 +60,6 @@ def policy_update(config: AlgorithmConfig) -> Loss:
         metrics.mean("actor/kl", _sum(counted * kl_R), tokens)
         metrics.mean("actor/entropy", _sum(counted * entropy_R), tokens)
         _add_statistics(stats, counted, metrics)
-        if "rollout_log_probs" in rows:
-            gap_R = counted * (old_R - rows.ragged("rollout_log_probs").values.to(device)).abs()
-            metrics.max("rollout/logprob_diff_max", _max(gap_R, counted))
-            metrics.mean("rollout/logprob_diff_mean", _sum(gap_R), tokens)
         return total
 
     return loss
@@ -106,6 +113,27 @@ def _add_statistics(stats: dict[str, Tensor], counted: Tensor, metrics: StepMetr
         else:
             key = "clip_fraction" if name == "clipped" else name
             metrics.mean(f"actor/{key}", _sum(counted * x_R), counted.sum().item())
+
+
+def _add_agreement(train_R: Tensor, rollout_R: Tensor, counted: Tensor, metrics: StepMetrics) -> None:
+    """How far training's log-probs are from rollout's with the same weights, and the statistics of their ratio."""
+    tokens = counted.sum().item()
+    gap_R = counted * (train_R - rollout_R).abs()
+    metrics.max("rollout/logprob_diff_max", _max(gap_R, counted))
+    metrics.mean("rollout/logprob_diff_mean", _sum(gap_R), tokens)
+    found = ratio_statistics(train_R, rollout_R)
+    metrics.mean("rollout/ratio_mean", _sum(counted * found["ratio"]), tokens)
+    metrics.max("rollout/ratio_max", _max(found["ratio"], counted))
+    metrics.min("rollout/ratio_min", None if (top := _max(-found["ratio"], counted)) is None else -top)
+    for name in ("chi2", "kl_k1", "kl_k3"):
+        metrics.mean(f"rollout/{name}", _sum(counted * found[name]), tokens)
+
+
+def _add_correction(kind: str, factor_R: Tensor, bounded_R: Tensor, counted: Tensor, metrics: StepMetrics) -> None:
+    tokens = counted.sum().item()
+    metrics.mean("rollout/correction_mean", _sum(counted * factor_R), tokens)
+    name = "truncated" if kind == "tis" else "masked"
+    metrics.mean(f"rollout/{name}_fraction", _sum(counted * bounded_R), tokens)
 
 
 def _sum(x: Tensor) -> float:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from siirl.algorithms.kl import KLController
+from siirl.algorithms.mismatch import Trust
 from siirl.config.schema import Config
 from siirl.data.batch import Batch, Column
 from siirl.data.dataloader import DistributedDataloader, Item
@@ -56,6 +57,7 @@ class Context:
     kl: KLController
     rollout_seed: int
     pool: GroupPool | CarriedGroups | None = None
+    trust: Trust | None = None
     step: int = 0
     policy_version: int = 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -11,12 +11,16 @@ from siirl.config.schema import Config
 from siirl.dag.plan import Role
 from siirl.device.backend import Backend
 from siirl.device.collectives import Collectives
-from siirl.errors import RequestError
+from siirl.errors import RequestError, SiirlError
 from siirl.model.critic import ValueModel
 from siirl.model.fallback import AnyDecoder
 from siirl.model.load import Loaded, load_model
 from siirl.model.tokenizer import decode, encode_texts, eos_ids
+from siirl.rollout.checksum import weights_checksum
+from siirl.rollout.contract import Begun, Completions
 from siirl.rollout.engine import NativeEngine
+from siirl.rollout.probe import BOUNDS, Answers, Probe, compare
+from siirl.rollout.sampling import Sampling
 from siirl.training.fsdp import TrainingEngine
 
 
@@ -39,6 +43,10 @@ class Models:
         self.eos_ids = eos_ids(loaded.tokenizer, loaded.model.config)
         self.engines: dict[str, TrainingEngine] = {}
         self.rollout_dtype: torch.dtype = getattr(torch, config.training.dtype)
+        self.probe = Probe.of(
+            loaded.model.config.vocab_size, config.seed, config.data.max_prompt_tokens, config.rollout.max_new_tokens
+        )
+        self.version = 0
         self._shared = False
         if role != "rollout":
             self.engines["actor"] = self._engine(loaded.model, "actor")
@@ -96,12 +104,59 @@ class Models:
     def sync_rollout(self) -> None:
         """Give this worker's rollout engine, if it has one, the actor's weights.
 
-        There is nothing to do where both compute with the same tensors.
+        Where both compute with the same tensors nothing moves, and only the version does.
         """
         if self._role != "all":
             return
-        weights = () if self._shared else self.actor.named_weights()
-        self.rollout.update_weights(weights, self.rollout.version + 1)
+        if self._shared:
+            self.version += 1
+            self.rollout.update_weights((), self.version)
+            return
+        checksum = weights_checksum(self.actor.named_weights(), self.rollout_dtype)
+        self.take_weights(self.actor.named_weights(), checksum, self.answers())
+
+    def answers(self) -> Answers:
+        """The actor's answers to the parity probe. A collective where it is sharded."""
+        return Answers(*self.actor.greedy(self.probe.prompts, self.probe.tokens))
+
+    def take_weights(self, named: Iterable[tuple[str, torch.Tensor]], checksum: int, expected: Answers) -> None:
+        """Give this worker's rollout engine weights of the next version, and check that it computes with them.
+
+        Args:
+            named: the weights.
+            checksum: of the weights, as training holds them, in the engine's dtype.
+            expected: training's answers to the parity probe.
+
+        Raises:
+            SiirlError: the engine holds other weights, is at another version, or answers otherwise.
+        """
+        self.version += 1
+        self.rollout.update_weights(named, self.version, checksum)
+        done = self.generate(self.probe.prompts, self.probe.sample_ids, self.probe.sampling, 1, 0)
+        bound = self._config.rollout.probe_bound
+        compare(expected, done, BOUNDS[self.rollout_dtype] if bound is None else bound)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sample_ids: torch.Tensor,
+        sampling: Sampling,
+        group_size: int,
+        seed: int,
+        begun: Sequence[Begun | None] = (),
+        enough: int | None = None,
+    ) -> Completions:
+        """See :class:`siirl.rollout.contract.RolloutEngine`.
+
+        Raises:
+            SiirlError: the responses are not of the newest weights that the engine was given.
+        """
+        done = self.rollout.generate(prompts, sample_ids, sampling, group_size, seed, begun, enough)
+        if done.version != self.version:
+            raise SiirlError(
+                f"weights of version {self.version} did not arrive: the rollout engine is at version {done.version}"
+            )
+        return done
 
     def decode(self, ids: list[int]) -> str:
         """Text of tokens, without special tokens."""

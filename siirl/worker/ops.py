@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from siirl.algorithms.filters import get_filter
 from siirl.algorithms.masking import global_mean
+from siirl.algorithms.mismatch import Trust, parts_of
 from siirl.algorithms.registry import get_advantage
 from siirl.algorithms.rewards_kl import kl_token_rewards
 from siirl.checkpoint.store import directory_name
@@ -24,6 +26,8 @@ from siirl.rollout.partial import CarriedGroups
 from siirl.telemetry.jsonl import rewrite
 from siirl.training.losses import LOSSES
 from siirl.worker.context import Context, Op, Output
+
+log = logging.getLogger(__name__)
 
 OPS: dict[str, Op] = {}
 
@@ -53,7 +57,7 @@ def rollout(context: Context, batch: Batch, node: Step) -> Output:
     config = context.config.rollout
     prompts, samples = _asked(batch, "prompt_ids", config.group_size)
     sampling = sampling_of(config, context.models.encode)
-    done = context.models.rollout.generate(prompts, samples, sampling, config.group_size, context.rollout_seed)
+    done = context.models.generate(prompts, samples, sampling, config.group_size, context.rollout_seed)
     take = torch.arange(len(batch)).repeat_interleave(config.group_size)
     versions = torch.full((len(samples),), context.policy_version, dtype=torch.int64)
     _count_responses(context, batch.ragged("prompt_ids").take(take), done.response_ids, done.finish_reason)
@@ -72,7 +76,7 @@ def _partial_rollout(context: Context, pool: CarriedGroups, batch: Batch, node: 
     config, column = context.config.rollout, node.reads["prompt_ids"]
     held, held_samples = _asked(pool.prompts_held, column, config.group_size)
     new, new_samples = _asked(batch, "prompt_ids", config.group_size)
-    done = context.models.rollout.generate(
+    done = context.models.generate(
         held + new,
         torch.cat((held_samples, new_samples)),
         sampling_of(config, context.models.encode),
@@ -170,15 +174,35 @@ def log_prob(context: Context, batch: Batch, node: Step) -> dict[str, Ragged]:
     """Log-probs of the response tokens under the node's model.
 
     With ``policy_version`` they are those of the policy that drew the tokens: a row of older weights keeps what rollout
-    computed with them, for they are gone.
+    computed with them, for they are gone. With ``algorithm.old_log_probs: trust`` the actor's are rollout's, without a
+    pass, while these agree.
     """
     assert node.model is not None
+    trust = context.trust if node.model == "actor" else None
+    if trust is not None and trust.applies(context.step):
+        return {"log_probs": batch.ragged("rollout_log_probs")}
     found = context.models[node.model].log_probs(batch, context.config.algorithm.mini_batches)
     if "policy_version" in batch:
         older = (_staleness(context, batch) > 0).repeat_interleave(found.lengths)
         values = torch.where(older, batch.ragged("rollout_log_probs").values, found.values)
         found = Ragged(values, found.offsets)
+    if trust is not None:
+        _measure(context, trust, parts_of(found.values, batch.ragged("rollout_log_probs").values))
     return {"log_probs": found}
+
+
+def _measure(context: Context, trust: Trust, parts: int) -> None:
+    """Agree with all workers on how far rollout and training are apart, and say so where that changes what is done."""
+    before, first = trust.within, trust.difference is None
+    trust.measured(int(context.collectives.all_reduce(torch.tensor(parts), "max")), context.step)
+    if context.collectives.rank or before == trust.within and not first:
+        return
+    found = f"step {context.step}: log-probs of rollout and training differ by up to {trust.difference:g} nats"
+    bound = f"algorithm.trust_bound is {trust.bound:g}"
+    if trust.within:
+        log.info("%s, and %s: rollout's are trusted from the next step on", found, bound)
+    else:
+        log.warning("%s, but %s: they are recomputed until they agree", found, bound)
 
 
 @_op
@@ -216,7 +240,8 @@ def update(context: Context, batch: Batch, node: Step) -> None:
         ages = _staleness(context, batch)
         context.metrics.mean("rollout/staleness_mean", float(ages.sum()), len(ages))
         context.metrics.max("rollout/staleness_max", float(ages.max()) if len(ages) else None)
-    context.models[node.model].update(_against_behaviour(context, batch), loss, context.step, context.metrics)
+    batch = _measurable(context, _against_behaviour(context, batch))
+    context.models[node.model].update(batch, loss, context.step, context.metrics)
 
 
 def _staleness(context: Context, batch: Batch) -> torch.Tensor:
@@ -230,6 +255,15 @@ def _against_behaviour(context: Context, batch: Batch) -> Batch:
     if not older or "rollout_log_probs" not in batch:
         return batch
     return batch.with_columns(old_log_probs=batch["rollout_log_probs"]).drop(["rollout_log_probs"])
+
+
+def _measurable(context: Context, batch: Batch) -> Batch:
+    """Without rollout's log-probs where the old ones are the same by trust: their difference would say nothing."""
+    if context.trust is None or "rollout_log_probs" not in batch:
+        return batch
+    trusted = context.trust.applies(context.step)
+    context.metrics.mean("rollout/trusted", float(trusted), 1)
+    return batch.drop(["rollout_log_probs"]) if trusted else batch
 
 
 @_op
@@ -248,7 +282,7 @@ def evaluate(context: Context, batch: Batch, node: Step) -> None:
     prompts = context.eval_reader.read(context.held_out)
     sampling = greedy(sampling_of(context.config.rollout, context.models.encode))
     ids = [row.tolist() for row in prompts.ragged("prompt_ids").rows()]
-    done = context.models.rollout.generate(ids, prompts.dense("sample_id"), sampling, 1, 0)
+    done = context.models.generate(ids, prompts.dense("sample_id"), sampling, 1, 0)
     results = _score(context, prompts.with_columns(response_ids=done.response_ids))
     good = [r.reward for r in results if r.reward is not None]
     context.metrics.mean("eval/reward_mean", sum(good), len(good))

@@ -25,7 +25,7 @@ from siirl.errors import SiirlError
 from siirl.telemetry.accumulator import StepMetrics
 from siirl.worker.context import Context
 from siirl.worker.dag_worker import DagWorker
-from siirl.worker.weights import WeightReceiver
+from siirl.worker.weights import Message, WeightReceiver
 
 STOP = -1
 """The step of a last message without weights, which ends a stage early."""
@@ -100,7 +100,7 @@ class Producer:
         self._making, self._hop = steps[:hop], steps[hop]
         self._evaluations = [step for step in steps[hop:] if step.op == "evaluate"]
         self._produced = {item.step: item for item in ahead}
-        self._message: tuple[int, list[tuple[str, Tensor]] | None] | None = None
+        self._message: Message | None = None
         self._evaluated = start
         self._stopping = False
         self._failure: BaseException | None = None
@@ -143,12 +143,11 @@ class Producer:
         self._wait(lambda: self._message is not None or self._stopping)
         if self._stopping or self._message is None:
             return False
-        step, weights = self._message
-        if step != ended:
-            raise SiirlError(f"weights after step {step} came where those after step {ended} were due")
-        rollout = self._context.models.rollout
-        if weights is not None:
-            rollout.update_weights(weights, rollout.version + 1)
+        message = self._message
+        if message.step != ended:
+            raise SiirlError(f"weights after step {message.step} came where those after step {ended} were due")
+        if message.weights is not None and message.answers is not None:
+            self._context.models.take_weights(message.weights, message.checksum, message.answers)
         self._context.policy_version = ended
         self._set(_message=None)
         return True
@@ -206,7 +205,7 @@ class Producer:
         for _ in range(self._start, self._config.training.steps):
             self._wait(lambda: self._message is None or self._stopping)
             message = self._receiver.receive()
-            if message[0] == STOP:
+            if message.step == STOP:
                 return
             self._set(_message=message)
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from siirl.algorithms.kl import kl_controller
+from siirl.algorithms.mismatch import Trust
 from siirl.checkpoint import store
 from siirl.config.loader import Resolved, Stage
 from siirl.config.schema import Config
@@ -136,7 +137,8 @@ class RunWorker:
             return WeightSender(self._link, names, self._models.rollout_dtype), None
         if self._role == "rollout":
             assert self._link is not None
-            return None, WeightReceiver(self._link, list(self._models.rollout.decoder.named_parameters()))
+            like = list(self._models.rollout.decoder.named_parameters())
+            return None, WeightReceiver(self._link, like, self._models.probe)
         return None, None
 
     def run(self) -> int:
@@ -165,9 +167,7 @@ class RunWorker:
                 return self._generate(index, worker, context, start, stop)
             for number in range(start + 1, stage.config.training.steps + 1):
                 worker.run_step(number)
-                if self._sender is not None:
-                    changed = context.policy_version == number
-                    self._sender.send(number, self._models.actor.named_weights() if changed else None)
+                self._send_weights(number, changed=context.policy_version == number)
                 worker.add_step_time()
                 saving, stopping = self._end_step(stage, worker, number, context.metrics, stop)
                 if saving:
@@ -271,6 +271,9 @@ class RunWorker:
             metrics=StepMetrics(),
             kl=kl_controller(config.algorithm),
             rollout_seed=config.seed * 1_000 + index,
+            trust=Trust(config.algorithm.trust_bound, config.algorithm.trust_every)
+            if config.algorithm.old_log_probs == "trust"
+            else None,
         )
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -285,12 +288,20 @@ class RunWorker:
 
     def _begin_weights(self, start: int) -> None:
         """The workers that generate get the weights that the workers that train begin a stage with."""
-        if self._sender is not None:
-            self._sender.send(start, self._models.actor.named_weights())
+        self._send_weights(start)
         if self._receiver is not None:
-            weights = self._receiver.receive()[1]
-            assert weights is not None
-            self._models.rollout.update_weights(weights, self._models.rollout.version + 1)
+            message = self._receiver.receive()
+            assert message.weights is not None and message.answers is not None
+            self._models.take_weights(message.weights, message.checksum, message.answers)
+
+    def _send_weights(self, step: int, changed: bool = True) -> None:
+        """Tell the workers that generate, where this one trains for them, that a step has ended."""
+        if self._sender is None:
+            return
+        if changed:
+            self._sender.send(step, self._models.actor.named_weights(), self._models.answers())
+        else:
+            self._sender.send(step, None)
 
     def _save(self, index: int, context: Context, step: int, ahead: Ahead | None = None) -> None:
         with self._tracer.span("checkpoint", step=step, stage=context.stage):
@@ -302,6 +313,8 @@ class RunWorker:
                 "kl": context.kl.state_dict(),
                 "own_reference": not self._models.reloadable_reference,
             }
+            if context.trust is not None:
+                state["trust"] = context.trust.state_dict()
             if self._place.disaggregated:
                 state |= {"generating": list(self._place.rollout)}
             else:
@@ -329,6 +342,8 @@ class RunWorker:
             store.load_tensors(self._checkpoint, self._models.tensors(), self._collectives)
         context.loader.load_state_dict(self._loader_state(state))
         context.kl.load_state_dict(state["kl"])
+        if context.trust is not None and "trust" in state:  # else the next step measures
+            context.trust.load_state_dict(state["trust"])
         if context.pool is not None:
             savers = range(self._collectives.rank, state["workers"], self._collectives.size)  # each goes to one worker
             held = [store.load_worker_tensors(self._checkpoint, saver) for saver in savers]

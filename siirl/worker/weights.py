@@ -4,17 +4,37 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from siirl.device.collectives import Collectives
 from siirl.errors import SiirlError
+from siirl.rollout.checksum import Checksum
+from siirl.rollout.probe import Answers, Probe
 
 # tensors are broadcast together in pieces of about so many bytes
 _BUCKET_BYTES = 64 * 2**20
 # a message begins with: step that ended, whether weights follow, checksum of their names
 _HEADER = 3
+
+
+@dataclass(frozen=True)
+class Message:
+    """What the workers that train tell those that generate after a step.
+
+    Attributes:
+        step: that has ended.
+        weights: valid until the next message; None where they did not change.
+        checksum: of the weights, as training holds them, in the engine's dtype.
+        answers: of training to the parity probe.
+    """
+
+    step: int
+    weights: list[tuple[str, Tensor]] | None = None
+    checksum: int = 0
+    answers: Answers | None = None
 
 
 class WeightSender:
@@ -27,17 +47,30 @@ class WeightSender:
     """
 
     def __init__(self, collectives: Collectives | None, names: Iterable[str], dtype: torch.dtype) -> None:
-        self._collectives, self._names, self._dtype = collectives, _checksum(names), dtype
+        self._collectives, self._names, self._dtype = collectives, _names_checksum(names), dtype
 
-    def send(self, step: int, named: Iterable[tuple[str, Tensor]] | None) -> None:
-        """Tell that ``step`` has ended, with its weights or None where they did not change. A collective."""
+    def send(self, step: int, named: Iterable[tuple[str, Tensor]] | None, answers: Answers | None = None) -> None:
+        """Tell that ``step`` has ended, with its weights or None where they did not change. A collective.
+
+        The checksum follows the weights, for it is computed while they pass: sharded ones are gathered once.
+
+        Args:
+            step: that has ended.
+            named: the weights.
+            answers: to the parity probe with these weights; needed where there are weights.
+        """
         if self._collectives is None:
             for _ in named or ():
                 pass
             return
         self._collectives.broadcast(torch.tensor([step, int(named is not None), self._names]))
-        for bucket in _buckets(tensor.to(self._dtype) for _, tensor in named or ()):
+        if named is None:
+            return
+        assert answers is not None, "weights travel with the answers to the probe"
+        checksum = Checksum(self._dtype)
+        for bucket in _buckets(checksum.passing(named)):
             self._collectives.broadcast(torch.cat([tensor.reshape(-1) for tensor in bucket]))
+        self._collectives.broadcast(torch.cat((torch.tensor([checksum.value()]), answers.to_integers())))
 
 
 class WeightReceiver:
@@ -46,26 +79,29 @@ class WeightReceiver:
     Args:
         collectives: see :class:`WeightSender`.
         like: the engine's own weights, by name, in the order in which they come.
+        probe: of the run.
     """
 
-    def __init__(self, collectives: Collectives, like: Sequence[tuple[str, Tensor]]) -> None:
-        self._collectives = collectives
+    def __init__(self, collectives: Collectives, like: Sequence[tuple[str, Tensor]], probe: Probe) -> None:
+        self._collectives, self._probe = collectives, probe
         self._names = [name for name, _ in like]
         self._room = [torch.empty_like(tensor) for _, tensor in like]
 
-    def receive(self) -> tuple[int, list[tuple[str, Tensor]] | None]:
-        """The next message: its step, and the weights where they changed, valid until the next call. A collective."""
+    def receive(self) -> Message:
+        """The next message. A collective."""
         step, present, names = self._collectives.broadcast(torch.zeros(_HEADER, dtype=torch.int64)).tolist()
         if not present:
-            return step, None
-        if names != _checksum(self._names):
+            return Message(step)
+        if names != _names_checksum(self._names):
             raise SiirlError("the workers that train and those that generate have models with different weights")
         for bucket in _buckets(self._room):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
             self._collectives.broadcast(flat)
             for tensor, piece in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                 tensor.copy_(piece.view_as(tensor))
-        return step, list(zip(self._names, self._room, strict=True))
+        end = self._collectives.broadcast(torch.zeros(1 + self._probe.integers, dtype=torch.int64))
+        answers = Answers.from_integers(end[1:], len(self._probe.prompts))
+        return Message(step, list(zip(self._names, self._room, strict=True)), int(end[0]), answers)
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -79,5 +115,5 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def _checksum(names: Iterable[str]) -> int:
+def _names_checksum(names: Iterable[str]) -> int:
     return zlib.crc32("\n".join(names).encode())

@@ -136,10 +136,6 @@ CASES = {
         [DRAWN, OLD.replace(", rollout_log_probs", "")],
         "p.yaml:4: node 'old': reads 'policy_version' without 'rollout_log_probs'",
     ),
-    "log-probs of rollout without the policy they are of": (
-        [DRAWN, OLD.replace(", policy_version", "")],
-        "p.yaml:4: node 'old': reads 'rollout_log_probs' without 'policy_version'",
-    ),
     "log-probs of rollout for another model": (
         [DRAWN, OLD.replace("actor", "reference")],
         "p.yaml:4: node 'old': reads 'rollout_log_probs', which is of the actor, not of the reference",

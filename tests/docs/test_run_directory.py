@@ -31,10 +31,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory, example: Finished) -> list[Pa
     folder = tmp_path_factory.mktemp("runs")
     (folder / "recipe.yaml").write_text(RECIPE)
     cases: dict[str, dict[str, Any]] = {
-        "ppo": {"pipeline": "ppo", "warmup": [{"pipeline": "sft"}]},
-        "grpo": {"workers": 2, "algorithm.kl_coef": 0.1},
+        "ppo": {
+            "pipeline": "ppo",
+            "warmup": [{"pipeline": "sft"}],
+            "algorithm.old_log_probs": "correct",
+            "algorithm.correction": "mis",
+        },
+        "grpo": {"workers": 2, "algorithm.kl_coef": 0.1, "algorithm.old_log_probs": "correct"},
         "dapo": {
             "pipeline": "dapo",
+            "algorithm.old_log_probs": "trust",
             "reward.function": f"{ROOT}/docs/examples/partial_credit.py:partial_credit",
         },
     }

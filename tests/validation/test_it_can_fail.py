@@ -241,6 +241,8 @@ ENGINES = [
     ("stale weights after a sync", "L4.weights_become_visible", "those of the old weights"),
     ("the old version after a sync", "L4.weights_become_visible", "the versions are 0 and 0"),
     ("weights in another layout", "L4.weights_become_visible", "the plain loop has"),
+    ("weights that nobody confirms", "L4.weights_are_confirmed", "an update is taken though"),
+    ("a checksum of every other number", "L4.weights_checksum_agrees[float32]", "the sign of a number is not"),
     ("end tokens are not seen", "L4.endings", "goes on behind its end token"),
     ("a group's last block that is not copied", "L4.batch_independence", "responses that differ"),
     ("drawn too cold", "L4.frequencies", "chi-squared over its degrees of freedom"),

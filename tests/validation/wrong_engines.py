@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from siirl.algorithms import advantages
-from siirl.rollout import sampler
+from siirl.rollout import checksum, sampler
 from siirl.rollout.blocks import BlockPool, Ints
 from siirl.rollout.contract import SleepLevel
 from siirl.rollout.engine import NativeEngine
@@ -19,22 +19,32 @@ from siirl.rollout.state import PagedState
 from siirl.training.fsdp import TrainingEngine
 
 _sleep, _wake, _abort = NativeEngine.sleep, NativeEngine.wake, NativeEngine.abort
+_words = checksum._words
 _draw, _group_advantages, _clip = sampler.draw, advantages.group_advantages, TrainingEngine._clip
 _make = Sampler.__init__
 
 
-def _weights_stay(self: NativeEngine, named: Iterable[tuple[str, Tensor]], version: int) -> None:
+def _weights_stay(self: NativeEngine, named: Iterable[tuple[str, Tensor]], version: int, checksum: Any = None) -> None:
     self.version = version
 
 
-def _version_stays(self: NativeEngine, named: Iterable[tuple[str, Tensor]], version: int) -> None:
+def _version_stays(self: NativeEngine, named: Iterable[tuple[str, Tensor]], version: int, checksum: Any = None) -> None:
     own = dict(self.decoder.named_parameters())
     with torch.no_grad():
         for name, tensor in named:
             own[name].copy_(tensor)
 
 
-def _transposed_where_square(self: NativeEngine, named: Iterable[tuple[str, Tensor]], version: int) -> None:
+def _confirms_nothing(
+    self: NativeEngine, named: Iterable[tuple[str, Tensor]], version: int, checksum: Any = None
+) -> None:
+    _version_stays(self, named, version)
+    self.version = version
+
+
+def _transposed_where_square(
+    self: NativeEngine, named: Iterable[tuple[str, Tensor]], version: int, checksum: Any = None
+) -> None:
     _version_stays(self, ((n, t.t() if t.dim() == 2 and t.shape[0] == t.shape[1] else t) for n, t in named), version)
     self.version = version
     # where no weight is square, the heads of the queries are in another order
@@ -42,6 +52,11 @@ def _transposed_where_square(self: NativeEngine, named: Iterable[tuple[str, Tens
         if name.endswith("q_proj.weight"):
             with torch.no_grad():
                 parameter.copy_(parameter.flip(0))
+
+
+def _every_other(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    words, rest = _words(tensor)
+    return words[1::2], rest
 
 
 def _never_ends(self: Sampler, sampling: Sampling, ends: list[int], *rest: Any) -> None:
@@ -105,6 +120,8 @@ PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
     "stale weights after a sync": [(NativeEngine, "update_weights", _weights_stay)],
     "the old version after a sync": [(NativeEngine, "update_weights", _version_stays)],
     "weights in another layout": [(NativeEngine, "update_weights", _transposed_where_square)],
+    "weights that nobody confirms": [(NativeEngine, "update_weights", _confirms_nothing)],
+    "a checksum of every other number": [(checksum, "_words", _every_other)],
     "end tokens are not seen": [(Sampler, "__init__", _never_ends)],
     "a group's last block that is not copied": [(PagedState, "copy", _not_copied)],
     "drawn too cold": [(sampler, "draw", _too_cold)],
