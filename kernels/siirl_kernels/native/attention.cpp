@@ -11,7 +11,7 @@
 namespace siirl {
 namespace {
 
-constexpr int ROWS = 16, KEYS = 64;
+constexpr int ROWS = 16, KEYS = 32;
 
 struct Shape {
     int64_t heads, key_heads, size;
