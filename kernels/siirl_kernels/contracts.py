@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from siirl_kernels import cases
+from siirl_kernels import cases, inference_cases
 from siirl_kernels.cases import Generate, Level, Source
 from siirl_kernels.packing import PackedSequences
 from siirl_kernels.paging import PagedSequences
@@ -234,16 +234,10 @@ CONTRACTS: dict[str, Contract] = {
             generate=cases.linear_log_prob,
         ),
         Contract(
-            op="decode_attention",
-            tolerances=_tolerances(single=(32, 8), half=(4, 2)),
-            rows=("q_BND", "k_BKLD", "v_BKLD", "keep_BL"),
-            generate=cases.decode_attention,
-        ),
-        Contract(
             op="paged_attention",
             tolerances=_tolerances(single=(48, 32), half=(4, 2)),
             writes=("keys_PSKD", "values_PSKD"),
-            generate=cases.paged_attention,
+            generate=inference_cases.paged_attention,
         ),
         Contract(
             op="linear",
@@ -251,20 +245,27 @@ CONTRACTS: dict[str, Contract] = {
             tolerances=_tolerances(single=(32, 8), half=(3, 0.5)),
             backward_scale=6,
             rows=("x_TH",),
-            generate=cases.linear,
+            generate=inference_cases.linear,
         ),
         Contract(
             op="inference_linear",
             tolerances=_tolerances(single=(32, 8), half=(3, 0.5)),
             rows=("x_TH",),
-            generate=cases.linear,
+            generate=inference_cases.linear,
         ),
         Contract(
             op="categorical",
             tolerances=dict.fromkeys(("float32", "float16", "bfloat16"), Tolerance(16 * 2**-24, 16 * 2**-24, 2**-20)),
             rows=("logits_BV", "uniform_B"),
             returns=(torch.int64, torch.float32),
-            generate=cases.categorical,
+            generate=inference_cases.categorical,
+        ),
+        Contract(
+            op="token_log_prob",
+            tolerances=dict.fromkeys(("float32", "float16", "bfloat16"), Tolerance(16 * 2**-24, 16 * 2**-24, 2**-20)),
+            rows=("logits_BV", "tokens_B"),
+            returns=(torch.float32,),
+            generate=inference_cases.token_log_prob,
         ),
     )
 }

@@ -34,6 +34,7 @@ OPS = (
     "paged_attention",
     "linear_log_prob",
     "categorical",
+    "token_log_prob",
 )
 
 provider(PROVIDER, unavailable)
@@ -186,3 +187,16 @@ def _draws(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> bool:
 @implementation("categorical", PROVIDER, supports=_draws)
 def categorical(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     return functions.categorical(logits_BV.contiguous(), uniform_B.contiguous(), temperature)
+
+
+def _judges(logits_BV: Tensor, tokens_B: Tensor, temperature: float) -> bool:
+    return _single(logits_BV)
+
+
+@implementation("token_log_prob", PROVIDER, supports=_judges)
+def token_log_prob(logits_BV: Tensor, tokens_B: Tensor, temperature: float) -> Tensor:
+    log_prob = torch.empty(len(logits_BV), dtype=torch.float32)
+    entropy = torch.empty_like(log_prob)
+    heat = temperature or 1.0
+    functions.log_prob(logits_BV.contiguous(), tokens_B.contiguous(), heat, log_prob, entropy)
+    return log_prob

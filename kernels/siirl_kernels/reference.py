@@ -75,24 +75,6 @@ def linear_log_prob(
 
 
 @op
-def decode_attention(q_BND: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, keep_BL: Tensor) -> Tensor:
-    """One new query per sequence against its cached keys and values, scale 1/sqrt(D).
-
-    Args:
-        keep_BL: bool, True where the cache holds a token of the sequence.
-
-    Returns:
-        [B, N, D] in q's dtype.
-    """
-    batch, heads, size = q_BND.shape
-    keys = k_BKLD.shape[1]
-    # one query is too little work for a fused kernel on a CPU: two batched products are faster, most on a long cache
-    scores_BKGL = (q_BND * size**-0.5).view(batch, keys, heads // keys, size) @ k_BKLD.transpose(2, 3)
-    weights_BKGL = scores_BKGL.masked_fill_(~keep_BL[:, None, None], -torch.inf).softmax(-1, dtype=torch.float32)
-    return (weights_BKGL.to(q_BND.dtype) @ v_BKLD).view(batch, heads, size)
-
-
-@op
 def paged_attention(
     q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, sequences: PagedSequences
 ) -> Tensor:
@@ -171,6 +153,18 @@ def categorical(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tup
     log_p_BV = torch.log_softmax(scaled_BV, dim=-1)
     tokens_B = scaled_BV.argmax(-1) if temperature == 0 else _invert(log_p_BV, uniform_B.to(log_p_BV.device))
     return tokens_B, log_p_BV.gather(1, tokens_B[:, None]).squeeze(1)
+
+
+@op
+def token_log_prob(logits_BV: Tensor, tokens_B: Tensor, temperature: float) -> Tensor:
+    """Log-probs of given tokens under softmax(logits / temperature), float32 [B]; 0 counts as temperature 1.
+
+    Of the same bits as those of :func:`categorical` for the tokens that it draws.
+    """
+    scaled_BV = logits_BV.to(_wide(logits_BV))
+    if temperature not in (0.0, 1.0):
+        scaled_BV = scaled_BV / temperature
+    return torch.log_softmax(scaled_BV, dim=-1).gather(1, tokens_B[:, None]).squeeze(1)
 
 
 def _invert(log_p_BV: Tensor, uniform_B: Tensor) -> Tensor:

@@ -27,11 +27,11 @@ class Kernels:
     swiglu: Callable[..., Any]
     packed_attention: Callable[..., Any]
     linear_log_prob: Callable[..., Any]
-    decode_attention: Callable[..., Any]
     paged_attention: Callable[..., Any]
     linear: Callable[..., Any]
     inference_linear: Callable[..., Any]
     categorical: Callable[..., Any]
+    token_log_prob: Callable[..., Any]
 
 
 kernels = Kernels()

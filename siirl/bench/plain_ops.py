@@ -60,15 +60,6 @@ def linear_log_prob(
     return log_p.gather(1, target_T[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
 
 
-def decode_attention(q_BND: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, keep_BL: Tensor) -> Tensor:
-    """softmax(q kᵀ / sqrt(D)) v, the keys and values repeated for each query head."""
-    repeats = q_BND.shape[1] // k_BKLD.shape[1]
-    k_BNLD, v_BNLD = (x.repeat_interleave(repeats, 1) for x in (k_BKLD, v_BKLD))
-    scores_BN1L = q_BND[:, :, None] @ k_BNLD.transpose(2, 3) / q_BND.shape[-1] ** 0.5
-    weights_BN1L = scores_BN1L.float().masked_fill(~keep_BL[:, None, None], -torch.inf).softmax(-1)
-    return (weights_BN1L.to(q_BND.dtype) @ v_BNLD).squeeze(2)
-
-
 def paged_attention(
     q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, sequences: PagedSequences
 ) -> Tensor:
@@ -106,16 +97,22 @@ def categorical(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tup
     return tokens, log_p.gather(1, tokens[:, None]).squeeze(1)
 
 
+def token_log_prob(logits_BV: Tensor, tokens_B: Tensor, temperature: float) -> Tensor:
+    """log softmax."""
+    log_p = (logits_BV.float() / (temperature or 1.0)).log_softmax(-1)
+    return log_p.gather(1, tokens_B[:, None]).squeeze(1)
+
+
 _FORMULAS = (
     rms_norm,
     rope,
     swiglu,
     packed_attention,
     linear_log_prob,
-    decode_attention,
     paged_attention,
     linear,
     inference_linear,
     categorical,
+    token_log_prob,
 )
 PLAIN: dict[str, Callable[..., Any]] = {f.__name__: f for f in _FORMULAS}

@@ -109,20 +109,11 @@ def draw(
     """
     if allowed_BV is None and not sampling.filters:
         return kernels.categorical(logits_BV, uniform_B, sampling.temperature)
-    heat = sampling.temperature or 1.0
-    log_p = torch.log_softmax(logits_BV.float() / heat, dim=-1)
-    allowed = log_p if allowed_BV is None else torch.log_softmax(allowed_BV.float() / heat, dim=-1)
-    uniform_B = uniform_B.to(log_p.device)
-    tokens = allowed.argmax(-1) if sampling.temperature == 0 else _invert(_filter(allowed, sampling), uniform_B)
-    return tokens, log_p.gather(1, tokens[:, None]).squeeze(1)
-
-
-def _invert(log_p: Tensor, uniform_B: Tensor) -> Tensor:
-    cdf = log_p.exp().cumsum(-1)
-    total = cdf[:, -1:]
-    # rounding must not put the product at the total itself, past the last token
-    wanted = torch.minimum(uniform_B[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cdf, wanted, right=True).squeeze(1)
+    allowed_BV, heat = logits_BV if allowed_BV is None else allowed_BV, sampling.temperature
+    if sampling.filters:
+        allowed_BV, heat = _filter(torch.log_softmax(allowed_BV.float() / heat, dim=-1), sampling), 1.0
+    tokens_B, _ = kernels.categorical(allowed_BV, uniform_B, heat)
+    return tokens_B, kernels.token_log_prob(logits_BV, tokens_B, sampling.temperature)
 
 
 def _filter(log_p: Tensor, sampling: Sampling) -> Tensor:

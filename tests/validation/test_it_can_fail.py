@@ -142,7 +142,6 @@ KERNELS = [
         "temperature 0.7",
     ),
     (wrong_kernels.entropy_of_base_2, "linear_log_prob", "accuracy[linear_log_prob-native-float32]", "forward 1"),
-    (wrong_kernels.sees_unwritten_cache, "decode_attention", "accuracy[decode_attention-native-float32]", "forward 0"),
     (wrong_kernels.sees_later_tokens, "paged_attention", "accuracy[paged_attention-native-float32]", "prompts"),
     (wrong_kernels.bias_forgotten, "linear", "accuracy[linear-native-float32]", "with a bias"),
     (wrong_kernels.log_prob_at_temperature_1, "categorical", "accuracy[categorical-native-float32]", "temperature 0.7"),

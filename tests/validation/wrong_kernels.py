@@ -22,7 +22,6 @@ REFERENCE = {
         "swiglu",
         "packed_attention",
         "linear_log_prob",
-        "decode_attention",
         "paged_attention",
         "linear",
         "categorical",
@@ -110,10 +109,6 @@ def temperature_ignored(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, 
 def entropy_of_base_2(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, temperature: float) -> Any:
     log_prob, entropy = REFERENCE["linear_log_prob"](hidden_TH, weight_VH, target_T, temperature)
     return log_prob, entropy / torch.log(torch.tensor(2.0))
-
-
-def sees_unwritten_cache(q_BND: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, keep_BL: Tensor) -> Tensor:
-    return REFERENCE["decode_attention"](q_BND, k_BKLD, v_BKLD, torch.ones_like(keep_BL))
 
 
 def takes_nothing(gate: Tensor, up: Tensor) -> bool:

@@ -4,6 +4,7 @@
 // read once for all of them. Scores of all keys first, then the softmax, then the values in the order of the keys: a
 // row's additions do not depend on the rows beside it nor on how the sequence was cut into calls.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "vec.h"
@@ -11,7 +12,7 @@
 namespace siirl {
 namespace {
 
-constexpr int ROWS = 16, KEYS = 64;
+constexpr int ROWS = 16, KEYS = 32;
 
 struct Shape {
     int64_t heads, key_heads, size;
@@ -28,6 +29,11 @@ template <class E>
 void gather(const E* base, const int64_t* offsets, int64_t stride, int64_t count, const Shape& shape,
             std::vector<float>& copies, const float** at) {
     int64_t padded = shape.padded();
+    if constexpr (std::is_same_v<E, float>)
+        if (padded == shape.size) {
+            for (int64_t j = 0; j < count; j++) at[j] = base + offsets[j] * stride;
+            return;
+        }
     if (copies.size() < size_t(KEYS * padded)) copies.resize(KEYS * padded);
     for (int64_t j = 0; j < count; j++) {
         const E* from = base + offsets[j] * stride;
@@ -35,23 +41,6 @@ void gather(const E* base, const int64_t* offsets, int64_t stride, int64_t count
         for (int64_t i = 0; i < shape.size; i += LANES) store(to + i, load_upto(from + i, shape.size - i));
         at[j] = to;
     }
-}
-
-template <>
-void gather(const float* base, const int64_t* offsets, int64_t stride, int64_t count, const Shape& shape,
-            std::vector<float>& copies, const float** at) {
-    if (shape.size % LANES) {
-        int64_t padded = shape.padded();
-        if (copies.size() < size_t(KEYS * padded)) copies.resize(KEYS * padded);
-        for (int64_t j = 0; j < count; j++) {
-            const float* from = base + offsets[j] * stride;
-            float* to = copies.data() + j * padded;
-            for (int64_t i = 0; i < shape.size; i += LANES) store(to + i, load_upto(from + i, shape.size - i));
-            at[j] = to;
-        }
-        return;
-    }
-    for (int64_t j = 0; j < count; j++) at[j] = base + offsets[j] * stride;
 }
 
 template <int R, int C>
@@ -135,7 +124,8 @@ void attend(const float* q, int64_t rows, const int64_t* sees, const E* keys, co
         foresee(keys, offsets + j + count, stride, next, shape.size);
         if (next == 0) foresee(values, offsets, stride, std::min<int64_t>(KEYS, longest), shape.size);
         gather(keys, offsets + j, stride, count, shape, s.keys, s.at.data());
-        for (; r + 4 <= rows; r += 4) score<4, 4>(q + r * padded, padded, s.at.data(), count, scores + r * width + j, width);
+        for (; r + 4 <= rows; r += 4)
+            score<4, 4>(q + r * padded, padded, s.at.data(), count, scores + r * width + j, width);
         const float* rest = q + r * padded;
         float* into = scores + r * width + j;
         if (rows - r == 3) score<3, 4>(rest, padded, s.at.data(), count, into, width);
@@ -148,7 +138,8 @@ void attend(const float* q, int64_t rows, const int64_t* sees, const E* keys, co
         int64_t count = std::min<int64_t>(KEYS, longest - j), r = 0;
         foresee(values, offsets + j + count, stride, std::min<int64_t>(KEYS, longest - j - count), shape.size);
         gather(values, offsets + j, stride, count, shape, s.values, s.at.data());
-        for (; r + 4 <= rows; r += 4) mix_all<4>(scores + r * width + j, width, s.at.data(), count, out + r * padded, padded);
+        for (; r + 4 <= rows; r += 4)
+            mix_all<4>(scores + r * width + j, width, s.at.data(), count, out + r * padded, padded);
         const float* weights = scores + r * width + j;
         if (rows - r == 3) mix_all<3>(weights, width, s.at.data(), count, out + r * padded, padded);
         if (rows - r == 2) mix_all<2>(weights, width, s.at.data(), count, out + r * padded, padded);
