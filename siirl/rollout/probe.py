@@ -21,7 +21,7 @@ from siirl.errors import SiirlError
 from siirl.rollout.contract import Completions
 from siirl.rollout.sampling import Sampling, uniforms
 
-PROMPTS, TOKENS = 4, 3
+PROMPTS, TOKENS = 4, 2
 _LONGEST = 8
 
 BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 1.0}

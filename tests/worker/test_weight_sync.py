@@ -145,7 +145,7 @@ def test_the_answers_are_the_log_probs_that_training_computes() -> None:
     )
     found = made.actor.log_probs(batch, 1).values.view(len(prompts), -1)
     torch.testing.assert_close(found, answers.log_probs, atol=1e-5, rtol=0)
-    assert made.probe.tokens == 3 and sorted(map(len, prompts)) == [2, 4, 6, 8]
+    assert made.probe.tokens == 2 and sorted(map(len, prompts)) == [2, 4, 6, 8]
 
 
 def test_a_tie_is_no_difference_and_what_follows_is_not_compared() -> None:
