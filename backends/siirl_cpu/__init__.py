@@ -94,7 +94,9 @@ class CpuBackend(TorchBackend):
 
     @classmethod
     def engines(cls) -> list[EngineSpec]:
-        return [EngineSpec("rollout", "native"), EngineSpec("rollout", "vllm"), EngineSpec("training", "fsdp")]
+        # Compiled code would keep the packed weights it was traced with. Small blocks: short prompts are shared too.
+        vllm = {"enforce_eager": True, "block_size": 32}
+        return [EngineSpec("rollout", "native"), EngineSpec("rollout", "vllm", vllm), EngineSpec("training", "fsdp")]
 
     def load(self) -> None:
         self._torch = importlib.import_module("torch")

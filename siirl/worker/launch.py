@@ -107,10 +107,23 @@ def check(resolved: Resolved) -> None:
 
 def _check_engines(stage: Stage) -> None:
     config = stage.config
-    if config.rollout.engine != "native":
-        raise RequestError(f"rollout.engine is '{config.rollout.engine}', which is not installed; use native")
+    if config.rollout.engine == "vllm":
+        _check_vllm(config)
     if config.training.engine != "fsdp":
         raise RequestError(f"training.engine is '{config.training.engine}', which is not installed; use fsdp")
+
+
+def _check_vllm(config: Config) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        raise RequestError(
+            "rollout.engine is 'vllm', which is not installed: install it as docs/rollout-engines.md says, or set "
+            "rollout.engine=native"
+        )
+    if (tensor := config.rollout.parallel.tensor) > 1:
+        raise RequestError(
+            f"rollout.parallel.tensor is {tensor}, but in a run every worker generates its own prompts; set "
+            "rollout.parallel.tensor=1"
+        )
 
 
 def _with(resolved: Resolved, device: str | None, workers: int | None) -> Resolved:

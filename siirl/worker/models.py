@@ -16,7 +16,7 @@ from siirl.model.critic import ValueModel
 from siirl.model.fallback import AnyDecoder
 from siirl.model.load import Loaded, load_model
 from siirl.model.tokenizer import decode, eos_ids
-from siirl.rollout.engine import NativeEngine
+from siirl.rollout.engine import NativeEngine, RolloutEngine
 from siirl.training.fsdp import TrainingEngine
 
 # the rollout cache's share of the memory a worker may use
@@ -45,7 +45,8 @@ class Models:
         self._shared = False
         if role != "rollout":
             self.engines["actor"] = self._engine(loaded.model, "actor")
-            self._shared = role == "all" and not self.actor.sharded and config.training.dtype == "float32"
+            shareable = config.rollout.engine == "native" and config.training.dtype == "float32"
+            self._shared = role == "all" and not self.actor.sharded and shareable
         self._rollout = None if role == "training" else self._rollout_engine()
         self.reloadable_reference = True
 
@@ -57,11 +58,16 @@ class Models:
         return self.engines["actor"]
 
     @property
-    def rollout(self) -> NativeEngine:
+    def rollout(self) -> RolloutEngine:
         """The rollout engine, awake."""
         assert self._rollout is not None, "a worker that only trains does not generate"
         self._rollout.wake()
         return self._rollout
+
+    def rollout_weights(self) -> list[tuple[str, torch.Tensor]]:
+        """Tensors like those that the rollout engine takes, by name; the built-in engine's own."""
+        device, dtype = self._backend.device(), self.rollout_dtype
+        return [(name, weight.detach().to(device, dtype)) for name, weight in self.decoder.named_parameters()]
 
     def rest_rollout(self, weights_follow: bool) -> None:
         """Let training have the memory of this worker's rollout engine.
@@ -149,19 +155,29 @@ class Models:
                 own[name].copy_(weight)
         return module
 
-    def _rollout_engine(self) -> NativeEngine:
+    def _rollout_engine(self) -> RolloutEngine:
+        memory = self._backend.memory()
+        share = self._collectives.size if memory.unified else 1
+        cache_bytes = int(_CACHE_SHARE * memory.total / share)
+        if self._config.rollout.engine == "vllm":
+            return self._vllm_engine(cache_bytes)
         module = self.decoder
         if not self._shared:
             if self._role == "all":
                 module = self._load(self._config.model.path).model
             module = module.to(self._backend.device(), self.rollout_dtype).requires_grad_(False)
-        memory = self._backend.memory()
-        share = self._collectives.size if memory.unified else 1
         return NativeEngine(
             module,
             self.eos_ids,
             self.decode,
             self._config.rollout.max_sequences,
-            int(_CACHE_SHARE * memory.total / share),
+            cache_bytes,
             own_weights=not self._shared,
         )
+
+    def _vllm_engine(self, cache_bytes: int) -> RolloutEngine:
+        from siirl.rollout.vllm import VllmEngine, VllmSize
+
+        rollout, longest_prompt = self._config.rollout, self._config.data.max_prompt_tokens
+        size = VllmSize(longest_prompt + rollout.max_new_tokens, rollout.max_sequences, cache_bytes)
+        return VllmEngine(self.decoder, self.eos_ids, self.decode, self._backend, self.rollout_dtype, size)

@@ -133,7 +133,7 @@ class RunWorker:
             return WeightSender(self._link, names, self._models.rollout_dtype), None
         if self._role == "rollout":
             assert self._link is not None
-            return None, WeightReceiver(self._link, list(self._models.rollout.decoder.named_parameters()))
+            return None, WeightReceiver(self._link, self._models.rollout_weights())
         return None, None
 
     def run(self) -> int:

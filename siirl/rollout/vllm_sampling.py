@@ -1,0 +1,66 @@
+"""Sampling options as vLLM's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+from siirl.errors import RequestError
+from siirl.rollout.sampling import Sampling
+
+# options under vLLM's names, where they mean the same
+_SAME = {
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+}
+# taken from logits that the model divides by the temperature beforehand
+_SUBTRACTED = ("presence_penalty", "frequency_penalty")
+# options that the adapter handles itself
+_OWN = ("max_new_tokens", "temperature", "ignore_eos", "stop", "stop_ids", "min_new_tokens", *_SUBTRACTED)
+
+
+def vllm_sampling(sampling: Sampling, eos_ids: Sequence[int]) -> Callable[[int], Any]:
+    """Parameters of a request as a function of its seed.
+
+    The model divides logits by the temperature, so vLLM samples at temperature 1; 0 stays greedy. End tokens that are
+    never to be drawn are held back by vLLM's minimum length.
+
+    Raises:
+        RequestError: an option that vLLM does not have is on.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    refuse_unknown(sampling)
+    given = {field.name: getattr(sampling, field.name) for field in fields(sampling)}
+    heat = sampling.temperature or 1.0
+    arguments: dict[str, Any] = {theirs: given[ours] for ours, theirs in _SAME.items() if ours in given}
+    arguments |= {name: given[name] / heat for name in _SUBTRACTED if name in given}
+    minimum = sampling.max_new_tokens if sampling.ignore_eos else given.get("min_new_tokens", 0)
+    arguments |= {
+        "temperature": 0.0 if sampling.temperature == 0 else 1.0,
+        "max_tokens": sampling.max_new_tokens,
+        "min_tokens": min(minimum, sampling.max_new_tokens),
+        "stop_token_ids": [*eos_ids, *given.get("stop_ids", ())],
+        "logprobs": 0,  # of the token drawn alone
+        "flat_logprobs": True,
+        "detokenize": False,
+        "output_kind": RequestOutputKind.DELTA,
+    }
+    return lambda seed: SamplingParams(seed=seed, **arguments)
+
+
+def refuse_unknown(sampling: Sampling) -> None:
+    """Raise RequestError for an option that is on and that vLLM does not have."""
+    if sampling.ignore_eos and getattr(sampling, "stop_ids", ()):
+        raise RequestError(
+            "rollout.ignore_eos and rollout.stop_ids are both set, which rollout.engine 'vllm' cannot do at once"
+        )
+    for field in fields(sampling):
+        if field.name not in (*_SAME, *_OWN) and getattr(sampling, field.name) != field.default:
+            raise RequestError(
+                f"rollout.{field.name} is set, which rollout.engine 'vllm' does not have; set rollout.engine=native"
+            )
