@@ -30,6 +30,8 @@ from siirl.rollout.state import cache_bytes_per_token
 from siirl.rollout.vllm_process import guest_random_state, starting
 from siirl.rollout.vllm_sampling import vllm_sampling
 
+# prompts are computed in forward passes of at most so many tokens
+_PREFILL_TOKENS = 8192
 # tokens of vLLM's largest block
 _BLOCK = 128
 
@@ -108,6 +110,7 @@ class VllmEngine:
             "dtype": str(dtype).removeprefix("torch."),
             "max_model_len": self._size.max_length,
             "max_num_seqs": self._size.max_sequences,
+            "max_num_batched_tokens": max(_PREFILL_TOKENS, self._size.max_length, self._size.max_sequences),
             "kv_cache_memory_bytes": cache_bytes,
             "enable_prefix_caching": True,
             "logprobs_mode": "raw_logprobs",  # before penalties, bans and filters

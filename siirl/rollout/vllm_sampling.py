@@ -35,7 +35,7 @@ def vllm_sampling(sampling: Sampling, eos_ids: Sequence[int]) -> Callable[[int],
     from vllm.sampling_params import RequestOutputKind
 
     refuse_unknown(sampling)
-    given = {field.name: getattr(sampling, field.name) for field in fields(sampling)}
+    given: dict[str, Any] = {field.name: getattr(sampling, field.name) for field in fields(sampling)}
     heat = sampling.temperature or 1.0
     arguments: dict[str, Any] = {theirs: given[ours] for ours, theirs in _SAME.items() if ours in given}
     arguments |= {name: given[name] / heat for name in _SUBTRACTED if name in given}
@@ -55,12 +55,13 @@ def vllm_sampling(sampling: Sampling, eos_ids: Sequence[int]) -> Callable[[int],
 
 def refuse_unknown(sampling: Sampling) -> None:
     """Raise RequestError for an option that is on and that vLLM does not have."""
-    if sampling.ignore_eos and getattr(sampling, "stop_ids", ()):
+    given = {field.name: getattr(sampling, field.name) for field in fields(sampling)}
+    if sampling.ignore_eos and given.get("stop_ids"):
         raise RequestError(
             "rollout.ignore_eos and rollout.stop_ids are both set, which rollout.engine 'vllm' cannot do at once"
         )
     for field in fields(sampling):
-        if field.name not in (*_SAME, *_OWN) and getattr(sampling, field.name) != field.default:
+        if field.name not in (*_SAME, *_OWN) and given[field.name] != field.default:
             raise RequestError(
                 f"rollout.{field.name} is set, which rollout.engine 'vllm' does not have; set rollout.engine=native"
             )
