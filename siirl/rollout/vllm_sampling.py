@@ -9,13 +9,8 @@ from typing import Any
 from siirl.errors import RequestError
 from siirl.rollout.sampling import Sampling
 
-# options under vLLM's names, where they mean the same
-_SAME = {
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-}
+# options that have the same name and meaning there
+_SAME = ("top_p", "top_k", "min_p", "repetition_penalty")
 # taken from logits that the model divides by the temperature beforehand
 _SUBTRACTED = ("presence_penalty", "frequency_penalty")
 # options that the adapter handles itself
@@ -37,8 +32,8 @@ def vllm_sampling(sampling: Sampling, eos_ids: Sequence[int]) -> Callable[[int],
     refuse_unknown(sampling)
     given: dict[str, Any] = {field.name: getattr(sampling, field.name) for field in fields(sampling)}
     heat = sampling.temperature or 1.0
-    arguments: dict[str, Any] = {theirs: given[ours] for ours, theirs in _SAME.items() if ours in given}
-    arguments |= {name: given[name] / heat for name in _SUBTRACTED if name in given}
+    arguments: dict[str, Any] = {name: given[name] for name in _SAME if name in given}
+    subtracted = {name: given[name] / heat for name in _SUBTRACTED if given.get(name)}
     minimum = sampling.max_new_tokens if sampling.ignore_eos else given.get("min_new_tokens", 0)
     arguments |= {
         "temperature": 0.0 if sampling.temperature == 0 else 1.0,
@@ -49,8 +44,16 @@ def vllm_sampling(sampling: Sampling, eos_ids: Sequence[int]) -> Callable[[int],
         "flat_logprobs": True,
         "detokenize": False,
         "output_kind": RequestOutputKind.DELTA,
+        "skip_clone": True,  # every request has parameters of its own
     }
-    return lambda seed: SamplingParams(seed=seed, **arguments)
+
+    def parameters(seed: int) -> Any:
+        made = SamplingParams(seed=seed, **arguments)
+        for name, value in subtracted.items():
+            setattr(made, name, value)  # its constructor takes 2 at most, meant for undivided logits
+        return made
+
+    return parameters
 
 
 def refuse_unknown(sampling: Sampling) -> None:

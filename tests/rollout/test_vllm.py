@@ -406,7 +406,7 @@ def test_penalties_apply_to_the_logits_whatever_the_temperature(
 
 def test_further_ends_and_a_least_length(engine: Any) -> None:
     free = as_lists(generate(engine, Sampling(20, temperature=0.0, ignore_eos=True)))
-    end = free[0][6]
+    end = free[0][2]
     done = generate(engine, Wider(20, 0.0, stop_ids=(end,)))
     first = free[0].index(end) + 1
     assert (as_lists(done)[0], int(done.finish_reason[0])) == (free[0][:first], STOP)
