@@ -36,7 +36,7 @@ from siirl.telemetry.report import write_report
 from siirl.telemetry.trace import merge_traces
 from siirl.worker import run_dir as directories
 from siirl.worker.place import Place, meet_under_slurm
-from siirl.worker.processes import Stopped, run_processes, worker_log
+from siirl.worker.processes import Stopped, device_role, run_processes, worker_log
 
 Run = Callable[[Path, Config, Backend, bool], None]
 """(run directory, main stage's configuration, back end, whether to resume): runs the workers to their end."""
@@ -197,7 +197,7 @@ def _conclude(directory: Path, trace: bool, report: bool) -> Path | None:
 
 def _run_here(resolved: Resolved, place: Place, directory: Path, config: Config, chosen: Backend, resume: bool) -> None:
     """Run one worker in this process."""
-    backend = select(chosen.name)
+    backend = select(chosen.name, role=device_role(config))
     from siirl.worker.run import run_worker
 
     with worker_log(directory, place.rank):
