@@ -21,6 +21,8 @@ from siirl.training.fsdp import TrainingEngine
 
 # the rollout cache's share of the memory a worker may use
 _CACHE_SHARE = 0.3
+# vLLM is started for sequences of at least so many tokens: probes use prompts of their own
+_VLLM_LENGTH = 128
 
 
 class Models:
@@ -178,6 +180,8 @@ class Models:
     def _vllm_engine(self, cache_bytes: int) -> RolloutEngine:
         from siirl.rollout.vllm import VllmEngine, VllmSize
 
-        rollout, longest_prompt = self._config.rollout, self._config.data.max_prompt_tokens
-        size = VllmSize(longest_prompt + rollout.max_new_tokens, rollout.max_sequences, cache_bytes)
+        rollout, data = self._config.rollout, self._config.data
+        least = min(_VLLM_LENGTH, self.decoder.config.max_positions)
+        longest = max(data.max_prompt_tokens + rollout.max_new_tokens, least)
+        size = VllmSize(longest, rollout.max_sequences, cache_bytes)
         return VllmEngine(self.decoder, self.eos_ids, self.decode, self._backend, self.rollout_dtype, size)

@@ -24,6 +24,7 @@ from siirl.rollout.engine import ABORTED, LENGTH, STOP, NativeEngine
 from siirl.rollout.sampling import Sampling
 from siirl_cpu import CpuBackend
 from siirl_kernels.packing import PackedSequences
+from siirl_npu import NpuBackend
 from tests.device_under_test import backend
 
 pytestmark = [
@@ -323,10 +324,11 @@ def test_the_process_is_left_as_it_was() -> None:
     assert state() == before
 
 
-INJECTED = {"rl_config": {"enabled": True}}
-
-
 def test_options_of_the_back_end_reach_vllm() -> None:
+    """Those that keep an NPU's weights in the layout that updates write, as its back end has them."""
+    (npu,) = [spec.options for spec in NpuBackend.engines() if spec.name == "vllm"]
+    injected = npu["additional_config"]
+
     class Vendor(CpuBackend):
         @classmethod
         def engines(cls) -> list[EngineSpec]:
@@ -337,7 +339,7 @@ def test_options_of_the_back_end_reach_vllm() -> None:
 
     device = Vendor()
     device.load()
-    assert start(tiny(), device)._engine.vllm_config.additional_config == INJECTED
+    assert start(tiny(), device)._engine.vllm_config.additional_config == injected == {"rl_config": {"enabled": True}}
 
 
 class Nothing(CpuBackend):
