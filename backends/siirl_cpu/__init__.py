@@ -94,7 +94,10 @@ class CpuBackend(TorchBackend):
 
     @classmethod
     def engines(cls) -> list[EngineSpec]:
-        return [EngineSpec("rollout", "native"), EngineSpec("rollout", "vllm"), EngineSpec("training", "fsdp")]
+        # Compiled code would keep the packed weights it was traced with. In small blocks short prompts are shared too.
+        # A prompt in chunks needs random generators that can be set back, which the host's cannot.
+        vllm = {"enforce_eager": True, "block_size": 32, "enable_chunked_prefill": False}
+        return [EngineSpec("rollout", "native"), EngineSpec("rollout", "vllm", vllm), EngineSpec("training", "fsdp")]
 
     def load(self) -> None:
         self._torch = importlib.import_module("torch")

@@ -130,6 +130,9 @@ class RolloutConfig(Section):
     cache_fraction: float = Field(0.3, gt=0, le=1, description="the cache's share of the memory that a worker may use")
     chunk_tokens: Positive = Field(8192, description="prompt tokens computed beside one token of every response")
     max_sequences: Positive = Field(512, description="sequences decoded together on one worker")
+    batch_invariant: bool = Field(
+        False, description="bits of a token do not depend on the batch: rollout's log-probs are training's, bit for bit"
+    )
     partial: Fraction = Field(
         0.0, description="more prompts in flight, as a share of a step's; the longest responses go on in the next step"
     )

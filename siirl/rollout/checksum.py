@@ -62,6 +62,15 @@ def weights_checksum(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype | N
     return checksum.value()
 
 
+def require_alike(
+    version: int, checksum: int | None, arrived: Checksum, received: Iterable[str], names: Iterable[str]
+) -> None:
+    """As :func:`confirm`, for an engine that keeps weights in another form: by what passed on its way there."""
+    _require_whole(version, received, names)
+    if checksum is not None:
+        _require_equal(version, checksum, arrived.value())
+
+
 def confirm(
     version: int, checksum: int, held: Iterable[tuple[str, Tensor]], received: Iterable[str], names: Iterable[str]
 ) -> None:
@@ -76,17 +85,24 @@ def confirm(
     Raises:
         SiirlError: weights are missing, by their names, or the engine holds others than were sent.
     """
+    _require_whole(version, received, names)
+    _require_equal(version, checksum, weights_checksum(held))
+
+
+def _require_whole(version: int, received: Iterable[str], names: Iterable[str]) -> None:
     if missing := sorted(set(names) - set(received)):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         verb = "is" if len(missing) == 1 else "are"
         raise SiirlError(
             f"weights of version {version} did not arrive whole: {', '.join(missing[:3])}{more} {verb} missing"
         )
-    found = weights_checksum(held)
-    if found != checksum:
+
+
+def _require_equal(version: int, sent: int, found: int) -> None:
+    if found != sent:
         raise SiirlError(
             f"weights of version {version} did not arrive as they were sent: the rollout engine holds weights with the "
-            f"checksum {found:016x}, and those of training have {checksum:016x}"
+            f"checksum {found:016x}, and those of training have {sent:016x}"
         )
 
 

@@ -37,9 +37,10 @@ def _run(directory: Path, resume: bool) -> int:
     from siirl.config import load
     from siirl.device import select
     from siirl.worker.place import Place
+    from siirl.worker.processes import device_role
 
     resolved = load(directory / "config.yaml", pipeline_defaults=False)
-    backend = select(None, resolved.main.device)
+    backend = select(None, resolved.main.device, device_role(resolved.main))
     from siirl.worker.run import run_worker
 
     stopped = run_worker(resolved, directory, backend, Place.from_environment(os.environ), resume)

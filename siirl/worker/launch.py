@@ -36,7 +36,7 @@ from siirl.telemetry.report import write_report
 from siirl.telemetry.trace import merge_traces
 from siirl.worker import run_dir as directories
 from siirl.worker.place import Place, meet_under_slurm
-from siirl.worker.processes import Stopped, run_processes, worker_log
+from siirl.worker.processes import Stopped, device_role, run_processes, worker_log
 
 Run = Callable[[Path, Config, Backend, bool], None]
 """(run directory, main stage's configuration, back end, whether to resume): runs the workers to their end."""
@@ -107,10 +107,23 @@ def check(resolved: Resolved) -> None:
 
 def _check_engines(stage: Stage) -> None:
     config = stage.config
-    if config.rollout.engine != "native":
-        raise RequestError(f"rollout.engine is '{config.rollout.engine}', which is not installed; use native")
+    if config.rollout.engine == "vllm":
+        _check_vllm(config)
     if config.training.engine != "fsdp":
         raise RequestError(f"training.engine is '{config.training.engine}', which is not installed; use fsdp")
+
+
+def _check_vllm(config: Config) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        raise RequestError(
+            "rollout.engine is 'vllm', which is not installed: install it as docs/rollout-engines.md says, or set "
+            "rollout.engine=native"
+        )
+    if (tensor := config.rollout.parallel.tensor) > 1:
+        raise RequestError(
+            f"rollout.parallel.tensor is {tensor}, but in a run every worker generates its own prompts; set "
+            "rollout.parallel.tensor=1"
+        )
 
 
 def _with(resolved: Resolved, device: str | None, workers: int | None) -> Resolved:
@@ -184,7 +197,7 @@ def _conclude(directory: Path, trace: bool, report: bool) -> Path | None:
 
 def _run_here(resolved: Resolved, place: Place, directory: Path, config: Config, chosen: Backend, resume: bool) -> None:
     """Run one worker in this process."""
-    backend = select(chosen.name)
+    backend = select(chosen.name, role=device_role(config))
     from siirl.worker.run import run_worker
 
     with worker_log(directory, place.rank):

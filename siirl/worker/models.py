@@ -17,11 +17,14 @@ from siirl.model.fallback import AnyDecoder
 from siirl.model.load import Loaded, load_model
 from siirl.model.tokenizer import decode, encode_texts, eos_ids
 from siirl.rollout.checksum import weights_checksum
-from siirl.rollout.contract import Begun, Completions
+from siirl.rollout.contract import Begun, Completions, RolloutEngine
 from siirl.rollout.engine import NativeEngine
 from siirl.rollout.probe import BOUNDS, Answers, Probe, compare
 from siirl.rollout.sampling import Sampling
 from siirl.training.fsdp import TrainingEngine
+
+# vLLM is started for sequences of at least so many tokens: probes use prompts of their own
+_VLLM_LENGTH = 128
 
 
 class Models:
@@ -50,7 +53,8 @@ class Models:
         self._shared = False
         if role != "rollout":
             self.engines["actor"] = self._engine(loaded.model, "actor")
-            self._shared = role == "all" and not self.actor.sharded and config.training.dtype == "float32"
+            shareable = config.rollout.engine == "native" and config.training.dtype == "float32"
+            self._shared = role == "all" and not self.actor.sharded and shareable
         self._rollout = None if role == "training" else self._rollout_engine()
         self.reloadable_reference = True
 
@@ -62,11 +66,16 @@ class Models:
         return self.engines["actor"]
 
     @property
-    def rollout(self) -> NativeEngine:
+    def rollout(self) -> RolloutEngine:
         """The rollout engine, awake."""
         assert self._rollout is not None, "a worker that only trains does not generate"
         self._rollout.wake()
         return self._rollout
+
+    def rollout_weights(self) -> list[tuple[str, torch.Tensor]]:
+        """Tensors like those that the rollout engine takes, by name; the built-in engine's own."""
+        device, dtype = self._backend.device(), self.rollout_dtype
+        return [(name, weight.detach().to(device, dtype)) for name, weight in self.decoder.named_parameters()]
 
     def rest_rollout(self, weights_follow: bool) -> None:
         """Let training have the memory of this worker's rollout engine.
@@ -205,20 +214,32 @@ class Models:
                 own[name].copy_(weight)
         return module
 
-    def _rollout_engine(self) -> NativeEngine:
+    def _rollout_engine(self) -> RolloutEngine:
+        memory = self._backend.memory()
+        share = self._collectives.size if memory.unified else 1
+        cache_bytes = int(self._config.rollout.cache_fraction * memory.total / share)
+        if self._config.rollout.engine == "vllm":
+            return self._vllm_engine(cache_bytes)
         module = self.decoder
         if not self._shared:
             if self._role == "all":
                 module = self._load(self._config.model.path).model
             module = module.to(self._backend.device(), self.rollout_dtype).requires_grad_(False)
-        config, memory = self._config.rollout, self._backend.memory()
-        share = self._collectives.size if memory.unified else 1
         return NativeEngine(
             module,
             self.eos_ids,
             self.decode,
-            config.max_sequences,
-            int(config.cache_fraction * memory.total / share),
-            config.chunk_tokens,
+            self._config.rollout.max_sequences,
+            cache_bytes,
+            self._config.rollout.chunk_tokens,
             own_weights=not self._shared,
         )
+
+    def _vllm_engine(self, cache_bytes: int) -> RolloutEngine:
+        from siirl.rollout.vllm import VllmEngine, VllmSize
+
+        rollout, data = self._config.rollout, self._config.data
+        least = min(_VLLM_LENGTH, self.decoder.config.max_positions)
+        longest = max(data.max_prompt_tokens + rollout.max_new_tokens, least)
+        size = VllmSize(longest, rollout.max_sequences, cache_bytes)
+        return VllmEngine(self.decoder, self.eos_ids, self.decode, self._backend, self.rollout_dtype, size)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from siirl.config.schema import Config
-from siirl.device.backend import Backend
+from siirl.device.backend import Backend, Role
 from siirl.device.host import usable_cores
 from siirl.device.selection import launch_environment
 from siirl.errors import DeviceError, RequestError, SiirlError
@@ -59,8 +59,9 @@ def run_processes(directory: Path, config: Config, backend: Backend, resume: boo
     count, port = config.workers, free_port("127.0.0.1")
 
     def start() -> list[Process]:
+        role, threads = device_role(config), config.threads_per_worker
         places = [Place(rank, count, rank, count) for rank in range(count)]
-        environments = [worker_environment(backend, p, "127.0.0.1", port, config.threads_per_worker) for p in places]
+        environments = [worker_environment(backend, p, "127.0.0.1", port, threads, role) for p in places]
         return [start_process(directory, environment, resume) for environment in environments]
 
     supervise(directory, start)
@@ -95,13 +96,18 @@ def free_port(address: str) -> int:
         return probe.getsockname()[1]
 
 
+def device_role(config: Config) -> Role:
+    """What a worker is to its device: vLLM frees and takes pools of the memory that training computes in."""
+    return "colocated" if config.rollout.engine == "vllm" else "trainer"
+
+
 def worker_environment(
-    backend: Backend, place: Place, address: str, port: int, threads: int | None = None
+    backend: Backend, place: Place, address: str, port: int, threads: int | None = None, role: Role = "trainer"
 ) -> dict[str, str]:
     """This process's environment and what makes it that of a worker, which meets the others at an address and port."""
     return {
         **os.environ,
-        **launch_environment(backend),
+        **launch_environment(backend, role),
         **place.variables(),
         "MASTER_ADDR": address,
         "MASTER_PORT": str(port),

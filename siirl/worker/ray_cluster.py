@@ -24,11 +24,18 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from siirl.config.schema import Config
-from siirl.device.backend import Backend
+from siirl.device.backend import Backend, Role
 from siirl.device.selection import HOST, VARIABLE, backend_class, names
 from siirl.errors import DeviceError, RequestError, SiirlError
 from siirl.worker.place import Place
-from siirl.worker.processes import free_port, start_process, supervise, worker_environment, write_error
+from siirl.worker.processes import (
+    device_role,
+    free_port,
+    start_process,
+    supervise,
+    worker_environment,
+    write_error,
+)
 
 # Ray's names for what an actor's arguments of these names ask for.
 _RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU"}
@@ -146,7 +153,8 @@ def run_actors(group: PlacementGroup, directory: Path, config: Config, backend: 
         workers, first = [], sites[0]  # of rank 0, for ranks begin on its node
         for index, place, variables in _arrange(sites, type(backend).visible_devices_env()):
             address = "127.0.0.1" if place.workers == place.local_workers else first.address
-            request = Request(backend.name, place, address, first.port, variables, config.threads_per_worker)
+            threads, role = config.threads_per_worker, device_role(config)
+            request = Request(backend.name, place, address, first.port, variables, threads, role)
             result = seats[index].run.remote(request, str(directory), os.getcwd(), resume)
             workers.append(RayProcess(seats[index], result, sites[index].address, directory, place.rank))
         return workers
@@ -175,6 +183,7 @@ class Request:
     port: int
     variables: Mapping[str, str]
     threads: int | None
+    role: Role
 
 
 class Seat:
@@ -196,7 +205,9 @@ class Seat:
     def run(self, request: Request, directory: str, cwd: str, resume: bool) -> int:
         """Run the worker to its end; its exit status, or minus the number of the signal that ended it."""
         backend = backend_class(request.device)()
-        environment = worker_environment(backend, request.place, request.address, request.port, request.threads)
+        environment = worker_environment(
+            backend, request.place, request.address, request.port, request.threads, request.role
+        )
         self._process = start_process(Path(directory), {**environment, **request.variables}, resume, cwd)
         return self._process.wait()
 

@@ -46,6 +46,7 @@ from siirl.worker.place import Place
 from siirl.worker.producer import STOP, Ahead, Produced, Producer, restore
 from siirl.worker.weights import WeightReceiver, WeightSender
 from siirl_kernels import bind
+from siirl_kernels.invariant import invariant_pins
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class RunWorker:
         self._collectives, self._link = self._groups()
         backend.seed(config.seed)
         self._plans = self._plan()
-        log.info("kernels: %s", bind(backend.kernel_order()))
+        log.info("kernels: %s", _bind(backend, config))
         self._models = Models(config, backend, self._collectives, self._role)
         # rows have a group of their own where a node may use the workers' at the same time
         overlaps = config.data.overlap and not self._place.disaggregated and world.size > 1
@@ -137,8 +138,7 @@ class RunWorker:
             return WeightSender(self._link, names, self._models.rollout_dtype), None
         if self._role == "rollout":
             assert self._link is not None
-            like = list(self._models.rollout.decoder.named_parameters())
-            return None, WeightReceiver(self._link, like, self._models.probe)
+            return None, WeightReceiver(self._link, self._models.rollout_weights(), self._models.probe)
         return None, None
 
     def run(self) -> int:
@@ -387,6 +387,21 @@ class RunWorker:
         if self._world.rank == 0:
             save_pretrained(self._models.decoder, self._models.tokenizer, self._run_dir / "model", state_dict=weights)
         self._world.barrier()
+
+
+def _bind(backend: Backend, config: Config) -> dict[str, str]:
+    """Choose the kernels of this worker; the provider of each op."""
+    if not config.rollout.batch_invariant:
+        return bind(backend.kernel_order())
+    key = "rollout.batch_invariant"
+    if config.training.dtype != "float32" or config.rollout.engine != "native" or backend.device().type != "cpu":
+        raise RequestError(
+            f"{key} needs training.dtype=float32, rollout.engine=native and the device cpu; set {key}=false"
+        )
+    try:
+        return bind(backend.kernel_order(), invariant_pins())
+    except ValueError as error:
+        raise RequestError(f"{key}: {error}") from None
 
 
 def _leftovers(context: Context) -> str | None:
