@@ -35,6 +35,7 @@ def test_trust_skips_the_pass_but_now_and_then(recipe: Path, tmp_path: Path) -> 
         torch.testing.assert_close(weight, runs.weights(tmp_path / "recompute")[name], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_beyond_the_bound_it_recomputes_and_says_so(recipe: Path, tmp_path: Path) -> None:
     """In bfloat16 the two differ by more than a thousandth of a nat."""
     runs.run(recipe, tmp_path / "run", *TRUST, "training.dtype=bfloat16", "algorithm.trust_bound=0.0001")
