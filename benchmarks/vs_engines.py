@@ -155,16 +155,16 @@ def check_work(side: str, result: dict[str, Any], shape: Shape) -> None:
 def print_table(results: dict[str, dict[str, Any]]) -> None:
     """At most 80 columns."""
     print("tokens/s, median over rounds, one thread each; ratio: min median max\n")
-    print(f"{'shape':<14}{'siirl':>8}{'transformers':>14}{'ratio':>17}{'vLLM':>8}{'ratio':>17}")
+    print(f"{'shape':<13}{'siirl':>8}{'transformers':>13}{'ratio':>18}{'vLLM':>8}{'ratio':>18}")
     for name, result in results.items():
         rounds = result["rounds"]
-        line = f"{name:<14}{median(rounds, 'siirl'):>8.4g}"
-        for side, width in (("transformers", 14), ("vllm", 8)):
+        line = f"{name:<13}{median(rounds, 'siirl'):>8.4g}"
+        for side, width in (("transformers", 13), ("vllm", 8)):
             if side not in rounds[0]:
                 continue
             ratios = [r["siirl"]["tokens_per_s"] / r[side]["tokens_per_s"] for r in rounds]
-            spread = " ".join(f"{f(ratios):.3g}" for f in (min, statistics.median, max))
-            line += f"{median(rounds, side):>{width}.4g}{spread:>17}"
+            spread = "".join(f"{f(ratios):>6.2f}" for f in (min, statistics.median, max))
+            line += f"{median(rounds, side):>{width}.4g}{spread}"
         print(line)
 
 

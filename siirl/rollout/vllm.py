@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,36 +19,14 @@ from torch import Tensor
 from siirl.data.batch import Ragged
 from siirl.device.backend import Backend
 from siirl.errors import RequestError, SiirlError
-from siirl.model.decoder import Decoder
-from siirl.model.fallback import AnyDecoder, TransformersDecoder
-from siirl.model.families import transformers_config
+from siirl.model.fallback import AnyDecoder
 from siirl.rollout import vllm_model as model_side
 from siirl.rollout.checksum import Checksum, require_alike
 from siirl.rollout.contract import ABORTED, LENGTH, STOP, Begun, Completions, SleepLevel
 from siirl.rollout.sampling import Sampling
-from siirl.rollout.state import cache_bytes_per_token
 from siirl.rollout.vllm_process import guest_random_state, starting
 from siirl.rollout.vllm_sampling import vllm_sampling
-
-# prompts are computed in forward passes of at most so many tokens
-_PREFILL_TOKENS = 8192
-# tokens of vLLM's largest block
-_BLOCK = 128
-
-
-@dataclass(frozen=True)
-class VllmSize:
-    """What the engine has to hold.
-
-    Attributes:
-        max_length: prompt and response tokens of the longest sequence.
-        max_sequences: sequences decoded together at most.
-        cache_bytes: of the KV cache on each device at most; no more is taken than all sequences can fill.
-    """
-
-    max_length: int
-    max_sequences: int
-    cache_bytes: int
+from siirl.rollout.vllm_setup import VllmSize, options_of, published, start
 
 
 class VllmEngine:
@@ -84,46 +61,19 @@ class VllmEngine:
         self.version = 0
         self._eos_ids, self._decode_text, self._size = list(eos_ids), decode_text, size
         self._dtype, self._weights = dtype, [name for name, _ in decoder.named_parameters()]
-        self._names = {_published(name) for name in self._weights}
+        self._names = {published(name) for name in self._weights}
         self._missing = set(self._names)
         self._asleep = False
         self._aborts: deque[Tensor | None] = deque()
         self._calls = 0
-        options = _options(backend)
+        options = options_of(backend)
         self._device_sleeps = bool(options.get("enable_sleep_mode"))
-        self._directory = tempfile.TemporaryDirectory(prefix="siirl-vllm-")
-        _write_config(decoder, dtype, self._directory.name)
+        self._directory = tempfile.TemporaryDirectory(prefix="siirl-vllm-")  # vLLM may read it at any time
         with starting(backend, tensor):
-            self._engine = self._start(options, dtype, _cache_bytes(decoder, dtype, size), tensor)
+            self._engine = start(decoder, dtype, size, tensor, options, self._directory.name)
         self._engine.apply_model(model_side.require_head_size)
         self._heat, self._cache = model_side.Temperature(), model_side.Cache()
         self._engine.apply_model(self._heat.attach)
-
-    def _start(self, options: Mapping[str, Any], dtype: torch.dtype, cache_bytes: int, tensor: int) -> Any:
-        from vllm import EngineArgs, LLMEngine
-
-        if options.get("enforce_eager"):
-            model_side.compile_nothing()
-        arguments: dict[str, Any] = {
-            "model": self._directory.name,
-            "skip_tokenizer_init": True,
-            "generation_config": "vllm",  # no sampling defaults of the model's
-            "load_format": "dummy",
-            "dtype": str(dtype).removeprefix("torch."),
-            "max_model_len": self._size.max_length,
-            "max_num_seqs": self._size.max_sequences,
-            "max_num_batched_tokens": max(_PREFILL_TOKENS, self._size.max_length, self._size.max_sequences),
-            "kv_cache_memory_bytes": cache_bytes,
-            "enable_prefix_caching": True,
-            "logprobs_mode": "raw_logprobs",  # before penalties, bans and filters
-            "tensor_parallel_size": tensor,
-            "distributed_executor_backend": "external_launcher",  # the workers of the run are its processes
-            "disable_log_stats": True,
-        }
-        try:
-            return LLMEngine.from_engine_args(EngineArgs(**(arguments | dict(options))))
-        except ValueError as error:  # what vLLM says of a configuration that it refuses
-            raise RequestError(f"vLLM cannot start with this model here: {_one_line(error)}") from error
 
     def update_weights(self, named: Iterable[tuple[str, Tensor]], version: int, checksum: int | None = None) -> None:
         """See :class:`siirl.rollout.contract.RolloutEngine`.
@@ -136,7 +86,7 @@ class VllmEngine:
 
         def arriving() -> Iterable[tuple[str, Tensor]]:
             for tensor in summed.passing(noted()):
-                yield _published(received[-1]), tensor
+                yield published(received[-1]), tensor
 
         def noted() -> Iterable[tuple[str, Tensor]]:
             for name, tensor in named:
@@ -144,7 +94,7 @@ class VllmEngine:
                 yield name, tensor
 
         self._engine.collective_rpc(model_side.load_weights, args=(arriving(),))
-        self._missing -= {_published(name) for name in received}
+        self._missing -= {published(name) for name in received}
         require_alike(version, checksum, summed, received, self._weights)
         self._engine.reset_prefix_cache()  # computed with the old weights
         self.version = version
@@ -294,44 +244,3 @@ def _completions(rows: list[_Row], version: int) -> Completions:
     reasons = torch.tensor([row.reason for row in rows], dtype=torch.int8)
     versions = Ragged(torch.full_like(tokens, version), offsets)
     return Completions(Ragged(tokens, offsets), Ragged(log_probs, offsets), reasons, version, versions)
-
-
-def _options(backend: Backend) -> Mapping[str, Any]:
-    """What vLLM needs on this device."""
-    for spec in backend.engines():
-        if (spec.kind, spec.name) == ("rollout", "vllm"):
-            return spec.options
-    raise RequestError(f"device '{backend.name}' runs no vLLM; set rollout.engine=native")
-
-
-def _cache_bytes(decoder: AnyDecoder, dtype: torch.dtype, size: VllmSize) -> int:
-    if not isinstance(decoder, Decoder):
-        return size.cache_bytes
-    length = -(-size.max_length // _BLOCK) * _BLOCK
-    full = (size.max_sequences + 1) * length * cache_bytes_per_token(decoder.config, dtype)
-    return min(size.cache_bytes, full)
-
-
-def _published(name: str) -> str:
-    """A weight's name as in its checkpoint."""
-    return name.removeprefix("inner.")
-
-
-def _write_config(decoder: AnyDecoder, dtype: torch.dtype, directory: str) -> None:
-    if isinstance(decoder, TransformersDecoder):
-        config = decoder.inner.config
-    else:
-        shape = decoder.config
-        if shape.family == "qwen2" and shape.head_dim * shape.num_heads != shape.hidden_size:
-            raise RequestError(
-                f"vLLM takes a qwen2 model's heads to have hidden size / heads = "
-                f"{shape.hidden_size // shape.num_heads} numbers, and this one's have {shape.head_dim}; "
-                "set rollout.engine=native"
-            )
-        config = transformers_config(shape)
-        config.dtype = dtype
-    config.save_pretrained(directory)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -25,16 +25,19 @@ _ENVIRONMENT = {
 
 @contextmanager
 def starting(backend: Backend, tensor: int) -> Iterator[None]:
-    """Make vLLM's start leave the process as it was: environment, threads, random numbers, default process group."""
+    """Make vLLM's start leave the process as it was: environment, threads, random numbers, default process group.
+
+    vLLM's own variables stay, since it reads some of them later.
+    """
     threads, set_threads, random_state = torch.get_num_threads(), torch.set_num_threads, backend.rng_state()
     python_state, numpy_state, environment = random.getstate(), np.random.get_state(), dict(os.environ)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    kept = {name: value for name, value in os.environ.items() if name.startswith("VLLM_")}
     try:
         with _world(backend, tensor):
             yield
     finally:
+        kept = {name: value for name, value in os.environ.items() if name.startswith("VLLM_")}
         os.environ.clear()
         os.environ.update(environment | kept)
         torch.set_num_threads = set_threads
@@ -66,7 +69,7 @@ def _world(backend: Backend, tensor: int) -> Iterator[None]:
         return
     os.environ["RANK"] = "0"
     outer = dist.group.WORLD if dist.is_initialized() else None
-    c10d._update_default_pg(None)
+    c10d._update_default_pg(None)  # PyTorch has no public way to have two
     try:
         dist.init_process_group(backend.communication().torch_backend, store=dist.HashStore(), rank=0, world_size=1)
         yield
