@@ -148,11 +148,11 @@ class NpuBackend(TorchBackend):
         wanted = SWITCHES | {"HCCL_DETERMINISTIC": "strict" if strict or chosen == "strict" else "true"}
         return unmet + self._set_switches(wanted, late=self.torch.distributed.is_initialized())
 
-    def _recording(self) -> tuple[Any, AbstractContextManager[Any]]:
+    def _recording(self, pool: Any) -> tuple[Any, AbstractContextManager[Any]]:
         if not hasattr(self.module, "NPUGraph"):
             raise Unsupported(f"torch-npu {host.installed('torch-npu')} records no graphs: call the work each time")
         graph = self.module.NPUGraph()
-        return graph, self.module.graph(graph)
+        return graph, self.module.graph(graph, pool=pool, capture_error_mode="thread_local")
 
     @property
     def profiler_module(self) -> Any:

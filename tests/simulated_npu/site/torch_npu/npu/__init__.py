@@ -198,10 +198,14 @@ def get_amp_supported_dtype() -> list[torch.dtype]:
 
 
 class NPUGraph:
-    """Work that is recorded once and done again by `replay`, on the same memory."""
+    """Work that is recorded once and done again by `replay`, on the same memory. Its pool has a name and no use."""
 
     def __init__(self) -> None:
         self._recorded = _device.Graph()
+        self._pool = (0, id(self))
+
+    def pool(self) -> tuple[int, int]:
+        return self._pool
 
     def replay(self) -> None:
         with torch.inference_mode():
@@ -209,8 +213,12 @@ class NPUGraph:
 
 
 @contextmanager
-def graph(npu_graph: NPUGraph) -> Iterator[None]:
+def graph(
+    npu_graph: NPUGraph, pool: tuple[int, int] | None = None, stream: Any = None, capture_error_mode: str = "global"
+) -> Iterator[None]:
     """Records what the block does, besides doing it."""
+    assert stream is None and capture_error_mode in ("global", "thread_local", "relaxed")
+    npu_graph._pool = pool or npu_graph._pool
     npu_graph._recorded.begin()
     try:
         yield
