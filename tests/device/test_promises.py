@@ -47,11 +47,11 @@ def switched_back(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 ROLES: dict[Role, dict[str, str]] = {
     "driver": {},
-    "trainer": {"TASK_QUEUE_ENABLE": "2", "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"},
+    "trainer": {"TASK_QUEUE_ENABLE": "1", "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"},
     "colocated": {"TASK_QUEUE_ENABLE": "1"},
     "rollout": {"TASK_QUEUE_ENABLE": "1"},
     "validation": {
-        "TASK_QUEUE_ENABLE": "2",
+        "TASK_QUEUE_ENABLE": "1",
         "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
         "TORCH_NPU_FALLBACK_CPU_DISABLE": "1",
     },
