@@ -17,6 +17,8 @@ import torch_npu
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tests.device_under_test import backend
+
 NPU = torch.device("npu", 0)
 
 
@@ -315,6 +317,18 @@ def test_a_graph_is_replayed_on_new_inputs_and_never_waits() -> None:
     x.fill_(2.0)
     recorded.replay()
     assert y.tolist() == [6, 12, 18, 24]
+
+
+def test_at_the_second_level_of_the_task_queue_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    npu = backend()
+    assert npu.capabilities().graph_capture == "inference"
+    monkeypatch.setenv("TASK_QUEUE_ENABLE", "2")
+    assert npu.capabilities().graph_capture == "none"
+    with (
+        pytest.raises(RuntimeError, match="Do not support TASK_QUEUE_ENABLE = 2"),
+        torch.npu.graph(torch.npu.NPUGraph()),
+    ):
+        pass
 
 
 # Counters.
