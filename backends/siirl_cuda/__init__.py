@@ -152,6 +152,7 @@ class CudaBackend(TorchBackend):
         return unmet
 
     def _recording(self, pool: Any) -> tuple[Any, Any]:
+        """By `torch.cuda.graph` (PyTorch 2.13), which records on one stream of its own, as sharing a pool asks for."""
         graph = self.module.CUDAGraph()
         return graph, self.module.graph(graph, pool=pool, capture_error_mode="thread_local")
 

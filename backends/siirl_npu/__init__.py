@@ -162,6 +162,7 @@ class NpuBackend(TorchBackend):
             raise
 
     def _recording(self, pool: Any) -> tuple[Any, AbstractContextManager[Any]]:
+        """By `torch.npu.graph` (Ascend/pytorch, docs/zh/developer_notes/npugraph.md): operators of aclnn alone."""
         if not hasattr(self.module, "NPUGraph"):
             raise Unsupported(f"torch-npu {host.installed('torch-npu')} records no graphs: call the work each time")
         graph = self.module.NPUGraph()
