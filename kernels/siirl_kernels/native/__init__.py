@@ -68,6 +68,15 @@ def categorical(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tup
     return functions.categorical(logits_BV, uniform_B, temperature)
 
 
+def _judges(logits_BV: Tensor, tokens_B: Tensor, temperature: float) -> bool:
+    return logits_BV.dtype == torch.float32 and _takes(logits_BV) and tokens_B.is_contiguous()
+
+
+@implementation("token_log_prob", "native", supports=_judges)
+def token_log_prob(logits_BV: Tensor, tokens_B: Tensor, temperature: float) -> Tensor:
+    return functions.token_log_prob(logits_BV, tokens_B, temperature)
+
+
 def _normalises(x: Tensor, weight: Tensor, eps: float) -> bool:
     return torch.is_inference_mode_enabled() and _takes(x, weight)
 
