@@ -28,7 +28,7 @@ test-long: .venv/.installed-dev
 
 # Every test of the vLLM engine, in an environment of its own: vLLM pins what it depends on.
 test-vllm: .venv-vllm/.installed
-	.venv-vllm/bin/python -m pytest -m vllm tests/rollout tests/worker
+	.venv-vllm/bin/python -m pytest -m vllm tests/rollout/test_vllm.py tests/rollout/test_vllm_tensor.py tests/worker/test_vllm_runs.py
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check $(wildcard $(SOURCES))
