@@ -18,9 +18,13 @@ void tile(const float* x, const float* w, const float* bias, float* out, int64_t
     for (int c = 0; c < C; c++) columns[c] = w + (o + std::min<int64_t>(c, width - 1)) * hidden;
     float found[LANES];
     store(found, dots<R, C>(rows, columns, hidden, ahead));
-    for (int r = 0; r < R; r++)
-        for (int64_t c = 0; c < width; c++)
-            out[r * outputs + o + c] = bias ? found[r * C + c] + bias[o + c] : found[r * C + c];
+    for (int i = 0; bias && i < R * C; i++) found[i] += bias[o + std::min<int64_t>(i % C, width - 1)];
+    for (int r = 0; r < R; r++) {
+        if (width == C)
+            std::memcpy(out + r * outputs + o, found + r * C, sizeof(float) * C);
+        else
+            std::memcpy(out + r * outputs + o, found + r * C, sizeof(float) * width);
+    }
 }
 
 template <int R, int C>
