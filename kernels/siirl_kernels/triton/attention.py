@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from siirl_kernels.paging import PagedSequences
-from siirl_kernels.triton.support import interpreted
+from siirl_kernels.triton.support import FUSED, interpreted
 
 TILE_BYTES = 16384  # of keys that a program holds at once; it holds as much of values
 PROGRAMS_PER_UNIT = 4
@@ -182,7 +182,7 @@ def _cache(k_TKD: Tensor, v_TKD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor,
         ROUNDS=triton.cdiv(tokens, WRITERS), SLOTS=keys_PSKD.shape[1],
         HEADS=heads, HEADS_TILE=triton.next_power_of_2(heads),
         SIZE=size, SIZE_TILE=triton.next_power_of_2(size),
-        num_warps=4,
+        num_warps=4, **FUSED,
     )  # fmt: skip
 
 
@@ -197,31 +197,33 @@ def _attention(
     count = batch if single else tokens // queries + batch
     tables_BM = sequences.tables.contiguous()
     parts = parts_of(count * heads, tables_BM.shape[1] * slots, _units(q_TND.device))
-    sums_CTN = peaks_CTN = mixed_CTND = out_TND  # unused with one part
+    sums_TNC = peaks_TNC = mixed_TNCD = out_TND  # unused with one part
     if parts > 1:
-        peaks_CTN, sums_CTN = q_TND.new_empty(2, tokens, query_heads, parts, dtype=torch.float32)
-        mixed_CTND = q_TND.new_empty(tokens, query_heads, parts, size, dtype=torch.float32)
+        peaks_TNC, sums_TNC = q_TND.new_empty(2, tokens, query_heads, parts, dtype=torch.float32)
+        mixed_TNCD = q_TND.new_empty(tokens, query_heads, parts, size, dtype=torch.float32)
     _attend[(heads, count, parts)](
-        out_TND, mixed_CTND, peaks_CTN, sums_CTN, q_TND, keys_PSKD, values_PSKD,
+        out_TND, mixed_TNCD, peaks_TNC, sums_TNC, q_TND, keys_PSKD, values_PSKD,
         tables_BM, sequences.lengths, sequences.starts, batch, tables_BM.shape[1], math.log2(math.e) * size**-0.5,
         *q_TND.stride()[:2], *keys_PSKD.stride()[:3], *values_PSKD.stride()[:3],
         ONE_QUERY=single, QUERIES=queries, GROUP=group, ROWS=rows, WIDTH=width,
         SLOTS=slots, HEADS=query_heads, SIZE=size, SIZE_TILE=size_tile, PARTS=parts, WIDEN=interpreted(),
-        num_warps=4, num_stages=2,
+        num_warps=4, num_stages=2, **FUSED,
     )  # fmt: skip
     if parts > 1:
         _join[(tokens * query_heads,)](
-            out_TND, mixed_CTND, peaks_CTN, sums_CTN, PARTS=parts, SIZE=size, SIZE_TILE=size_tile, num_warps=2
-        )
+            out_TND, mixed_TNCD, peaks_TNC, sums_TNC, PARTS=parts, SIZE=size, SIZE_TILE=size_tile,
+            num_warps=2, **FUSED,
+        )  # fmt: skip
 
 
 def tiles(dtype: torch.dtype, size: int, group: int, longest_query: int) -> tuple[int, int, int]:
     """Rows, keys and columns of a program's tile, powers of two of at least 16, which matrix units want."""
     size_tile = max(16, triton.next_power_of_2(size))
-    most_rows = 32 if dtype == torch.float32 else 64
-    wanted = triton.next_power_of_2(group * longest_query)
-    rows = max(16, triton.next_power_of_2(group), min(most_rows, wanted))
-    width = max(16, min(128, TILE_BYTES // (size_tile * dtype.itemsize)))
+    exact = dtype == torch.float32  # products without matrix units, which keep more in registers
+    wanted = min(triton.next_power_of_2(group * longest_query), 16 if exact else 64)
+    rows = max(16, triton.next_power_of_2(group), wanted)
+    fitting = TILE_BYTES // (2 if exact else 1) // (size_tile * dtype.itemsize)
+    width = max(16, min(fitting, 64 if rows > 32 else 128))
     return rows, width, size_tile
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FUSED = {"enable_fp_fusion": True}  # a launch's option: a product and a sum may round once; Triton's default changes
 OLDEST = (8, 0)  # compute capability of the first GPUs that multiply bfloat16
 
 
