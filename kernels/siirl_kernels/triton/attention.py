@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from siirl_kernels.paging import PagedSequences
-from siirl_kernels.triton.support import FUSED, interpreted
+from siirl_kernels.triton.numbers import narrow, product
+from siirl_kernels.triton.support import FUSED
 
 TILE_BYTES = 16384  # of keys that a program holds at once; it holds as much of values
 PROGRAMS_PER_UNIT = 4
@@ -65,14 +66,6 @@ def _tile_of(starts_ptr, tile, sequences, QUERIES: tl.constexpr):
     return low, (tile - tl.load(starts_ptr + low) // QUERIES - low) * QUERIES
 
 
-@triton.jit
-def _product(a, b, WIDEN: tl.constexpr):
-    """float32 a · b. The interpreter would multiply the bits of bfloat16, so there ``WIDEN`` is set."""
-    if WIDEN:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
-
-
 @triton.jit(do_not_specialize=["sequences", "table_width"])
 def _attend(
     out_ptr, parts_ptr, peaks_ptr, sums_ptr, q_ptr, keys_ptr, values_ptr, tables_ptr, lengths_ptr, starts_ptr,
@@ -80,7 +73,6 @@ def _attend(
     q_t, q_h, keys_p, keys_s, keys_h, values_p, values_s, values_h,
     ONE_QUERY: tl.constexpr, QUERIES: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     SLOTS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, SIZE_TILE: tl.constexpr, PARTS: tl.constexpr,
-    WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of rows to one part of its keys. ``scale``: log2(e) / sqrt(D), for powers of two."""
     head, tile, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -121,7 +113,7 @@ def _attend(
         slot = (position % SLOTS).to(tl.int64)
         k_at = keys_ptr + (block * keys_p + slot * keys_s)[None, :] + column[:, None]
         k = tl.load(k_at, mask=written[None, :] & inside[:, None], other=0.0)
-        scores = _product(q, k, WIDEN) * scale
+        scores = product(q, k) * scale
         seen = written[None, :] & (position[None, :] <= (cached + query)[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
@@ -131,14 +123,14 @@ def _attend(
         total = total * faded + tl.sum(weights, 1)
         v_at = values_ptr + (block * values_p + slot * values_s)[:, None] + column[None, :]
         v = tl.load(v_at, mask=written[:, None] & inside[None, :], other=0.0)
-        mixed = mixed * faded[:, None] + _product(weights.to(v.dtype), v, WIDEN)
+        mixed = mixed * faded[:, None] + product(narrow(weights, v.dtype), v)
         peak = higher
 
     place = token * HEADS + query_head
     stored = real[:, None] & inside[None, :]
     if PARTS == 1:
         out = mixed / tl.where(real, total, 1.0)[:, None]
-        tl.store(out_ptr + place[:, None] * SIZE + column[None, :], out.to(out_ptr.dtype.element_ty), mask=stored)
+        tl.store(out_ptr + place[:, None] * SIZE + column[None, :], narrow(out, out_ptr.dtype.element_ty), mask=stored)
     else:
         place = place * PARTS + part
         tl.store(parts_ptr + place[:, None] * SIZE + column[None, :], mixed, mask=stored)
@@ -160,7 +152,7 @@ def _join(
     at = parts_ptr + (place * PARTS + part)[:, None] * SIZE + column[None, :]
     mixed = tl.load(at, mask=(column < SIZE)[None, :], other=0.0)
     out = tl.sum(weights[:, None] * mixed, 0) / total
-    tl.store(out_ptr + place * SIZE + column, out.to(out_ptr.dtype.element_ty), mask=column < SIZE)
+    tl.store(out_ptr + place * SIZE + column, narrow(out, out_ptr.dtype.element_ty), mask=column < SIZE)
 
 
 def paged_attention(
@@ -206,7 +198,7 @@ def _attention(
         tables_BM, sequences.lengths, sequences.starts, batch, tables_BM.shape[1], math.log2(math.e) * size**-0.5,
         *q_TND.stride()[:2], *keys_PSKD.stride()[:3], *values_PSKD.stride()[:3],
         ONE_QUERY=single, QUERIES=queries, GROUP=group, ROWS=rows, WIDTH=width,
-        SLOTS=slots, HEADS=query_heads, SIZE=size, SIZE_TILE=size_tile, PARTS=parts, WIDEN=interpreted(),
+        SLOTS=slots, HEADS=query_heads, SIZE=size, SIZE_TILE=size_tile, PARTS=parts,
         num_warps=4, num_stages=2, **FUSED,
     )  # fmt: skip
     if parts > 1:

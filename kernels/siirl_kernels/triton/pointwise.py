@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from siirl_kernels.triton.numbers import narrow
 from siirl_kernels.triton.support import FUSED
 
 TILE = 1024  # numbers of a program, where rows are shorter
@@ -26,8 +27,8 @@ def _rms_norm(
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=column < SIZE, other=0.0).to(tl.float32)
     normal = x / tl.sqrt(tl.sum(x * x, 1) / SIZE + eps)[:, None]
-    normal = normal.to(out_ptr.dtype.element_ty).to(tl.float32)  # halves are rounded before the weight
-    tl.store(out_ptr + at, (normal * weight[None, :]).to(out_ptr.dtype.element_ty), mask=inside)
+    normal = narrow(normal, out_ptr.dtype.element_ty).to(tl.float32)  # halves are rounded before the weight
+    tl.store(out_ptr + at, narrow(normal * weight[None, :], out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -49,8 +50,8 @@ def _rope(
     out_at = out_ptr + (token * HEADS + head) * 2 * HALF + column
     turned = first * cos.to(tl.float32) - second * sin.to(tl.float32)
     turned_too = second * cos_too.to(tl.float32) + first * sin_too.to(tl.float32)
-    tl.store(out_at, turned.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(out_at + HALF, turned_too.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_at, narrow(turned, out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_at + HALF, narrow(turned_too, out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def _swiglu(out_ptr, gate_ptr, up_ptr, columns, gate_r, up_r, TILE: tl.constexpr
     gate = tl.load(gate_ptr + row * gate_r + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_r + column, mask=inside, other=0.0).to(tl.float32)
     active = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out_ptr + row * columns + column, active.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + row * columns + column, narrow(active, out_ptr.dtype.element_ty), mask=inside)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
