@@ -38,20 +38,21 @@ def tolerated(module: ModuleType, dtype: torch.dtype = torch.float32) -> Iterato
 
 @pytest.fixture
 def _many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys in up to 32 parts of 16, most of them empty."""
+    """Keys in up to 8 parts of 16, most of them empty."""
     many_parts(attention, monkeypatch)
 
 
 def many_parts(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TILE_BYTES", 1)
     monkeypatch.setattr(module, "LEAST_KEYS", 1)
+    monkeypatch.setattr(module, "MOST_PARTS", 8)
     monkeypatch.setattr(module, "_units", lambda device: 512)
 
 
 @pytest.mark.usefixtures("_many_parts")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_attention_in_parts_is_attention(dtype: torch.dtype) -> None:
-    assert attention.parts_of(8, 48, 512) == 32
+    assert attention.parts_of(8, 48, 512) == 8
     assert all(tolerated(attention, dtype))
 
 
@@ -89,7 +90,7 @@ MISTAKES = {
     "parts overlap": ("tl.minimum(begin + share, end)", "tl.minimum(begin + share + 1, end)"),
     "an empty part counts": ("weights = tl.exp2(peaks - tl.max(peaks, 0))", "weights = tl.exp2(tl.maximum(peaks, 0))"),
     "a tile too far": ("// QUERIES - low) * QUERIES", "// QUERIES - low + 1) * QUERIES"),
-    "another group's head": ("head * GROUP + row % GROUP", "head * GROUP + (row + 1) % GROUP * 0"),
+    "one head of a group": ("head * GROUP + row % GROUP", "head * GROUP + row % 1"),
 }
 
 
@@ -104,7 +105,9 @@ def test_mistakes_are_noticed(mistake: str, tmp_path: Path, monkeypatch: pytest.
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    many_parts(module, monkeypatch)
+    if "part" in mistake:
+        many_parts(module, monkeypatch)
+    monkeypatch.setattr(module, "TILE_BYTES", 1)  # 16 keys at a time
     assert not all(tolerated(module))
 
 
@@ -117,15 +120,17 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_token_is_drawn_where_its_share_lies(dtype: torch.dtype) -> None:
     """At n equidistant numbers each token is drawn n p times, up to the two at its borders."""
-    logits = (3 * torch.randn(700, generator=torch.Generator().manual_seed(1))).to(dtype)
-    count = 512
+    logits = (3 * torch.randn(300, generator=torch.Generator().manual_seed(1))).to(dtype)
+    count = 128
     uniform = (torch.arange(count) + 0.5) / count
     tokens, log_probs = sampling.categorical(logits.repeat(count, 1), uniform, 0.8)
     p = (logits.double() / 0.8).softmax(-1)
-    assert ((torch.bincount(tokens, minlength=700) - count * p).abs() < 1.01).all()
+    assert ((torch.bincount(tokens, minlength=300) - count * p).abs() < 1.01).all()
     assert (tokens.diff() >= 0).all()
     torch.testing.assert_close(log_probs, p[tokens].log().float())
-    assert torch.equal(log_probs, sampling.token_log_prob(logits.repeat(count, 1), tokens, 0.8))
+    some = slice(None, None, 9)
+    found = sampling.token_log_prob(logits.repeat(len(tokens[some]), 1), tokens[some], 0.8)
+    assert torch.equal(found, log_probs[some])
 
 
 @pytest.mark.usefixtures("_small_chunks")
