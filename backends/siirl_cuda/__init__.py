@@ -156,9 +156,9 @@ class CudaBackend(TorchBackend):
             unmet += self._set_switches({"NCCL_ALGO": "^NVLS,NVLSTree"}, late=meeting)
         return unmet
 
-    def _recording(self) -> tuple[Any, Any]:
+    def _recording(self, pool: Any) -> tuple[Any, Any]:
         graph = self.module.CUDAGraph()
-        return graph, self.module.graph(graph)
+        return graph, self.module.graph(graph, pool=pool, capture_error_mode="thread_local")
 
 
 def _major(version: str) -> int:

@@ -68,8 +68,8 @@ class NpuBackend(TorchBackend):
         if role == "driver":
             return wanted
         alone = role in ("trainer", "validation")
-        # Level 2 hides more of the cost of launching, takes memory for it and cannot be recorded as a graph.
-        wanted["TASK_QUEUE_ENABLE"] = "2" if alone else "1"
+        # Level 2 hides more of the cost of launching, takes memory for it and refuses to record graphs.
+        wanted["TASK_QUEUE_ENABLE"] = "1"
         # An engine's sleep mode refuses expandable segments, and both variables together end the process.
         chosen = {"PYTORCH_ALLOC_CONF", "PYTORCH_NPU_ALLOC_CONF"} & os.environ.keys()
         if alone and not chosen:
@@ -121,7 +121,7 @@ class NpuBackend(TorchBackend):
             fast_dtypes=("bfloat16", "float16"),
             fast_int64=False,
             interconnect="unknown" if self.module.device_count() > 1 else "none",
-            graph_capture="inference",
+            graph_capture="none" if os.environ.get("TASK_QUEUE_ENABLE") == "2" else "inference",
             sleep_levels=(1, 2),
             pin_memory=True,
             private_formats=True,
@@ -148,11 +148,11 @@ class NpuBackend(TorchBackend):
         wanted = SWITCHES | {"HCCL_DETERMINISTIC": "strict" if strict or chosen == "strict" else "true"}
         return unmet + self._set_switches(wanted, late=self.torch.distributed.is_initialized())
 
-    def _recording(self) -> tuple[Any, AbstractContextManager[Any]]:
+    def _recording(self, pool: Any) -> tuple[Any, AbstractContextManager[Any]]:
         if not hasattr(self.module, "NPUGraph"):
             raise Unsupported(f"torch-npu {host.installed('torch-npu')} records no graphs: call the work each time")
         graph = self.module.NPUGraph()
-        return graph, self.module.graph(graph)
+        return graph, self.module.graph(graph, pool=pool, capture_error_mode="thread_local")
 
     @property
     def profiler_module(self) -> Any:

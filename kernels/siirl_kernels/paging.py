@@ -79,8 +79,6 @@ class PagedSequences:
     @cached_property
     def alike(self) -> list[Tensor]:
         """The sequences in groups of about as many new tokens, int64 each: a rectangle of each wastes little."""
-        if self.longest_query == 1:
-            return [torch.arange(len(self.lengths), device=self.lengths.device)]
         counts = self.starts.diff().tolist()
         groups: list[list[int]] = []
         for row in sorted(range(len(counts)), key=counts.__getitem__, reverse=True):

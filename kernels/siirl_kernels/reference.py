@@ -87,27 +87,35 @@ def paged_attention(
         [T, N, D] in q's dtype.
     """
     size = keys_PSKD.shape[1]
+    column = torch.arange(sequences.longest, device=q_TND.device)
     for cache_PSKD, new_TKD in ((keys_PSKD, k_TKD), (values_PSKD, v_TKD)):
         cache_PSKD[sequences.slots // size, sequences.slots % size] = new_TKD
+    if sequences.longest_query == 1 and len(q_TND) == len(sequences.lengths):
+        # one new token each: nothing depends on numbers that only the device has, so it can be recorded as a graph
+        written_BL = column < sequences.lengths[:, None]
+        k_BLKD, v_BLKD = (_cached(x, sequences.tables, written_BL) for x in (keys_PSKD, values_PSKD))
+        return _attend(q_TND[:, None], k_BLKD, v_BLKD, written_BL[:, None])[:, 0]
     out_TND = torch.empty_like(q_TND)
     for rows in sequences.alike if len(q_TND) else ():
         starts_B, lengths_B = sequences.starts[rows].long(), sequences.lengths[rows]
         counts_B = sequences.starts[rows + 1] - starts_B
-        column = torch.arange(sequences.longest, device=q_TND.device)
         # longest first, so that the first has the group's number of new tokens
         within = torch.arange(int(counts_B[0]), device=q_TND.device)
         position_BQ = (lengths_B - counts_B)[:, None] + within
         written_BL = column < lengths_B[:, None]
-        blocks = sequences.tables[rows, : -(-sequences.longest // size)].long()
-        k_BLKD, v_BLKD = (
-            cache[blocks].flatten(1, 2)[:, : sequences.longest].masked_fill(~written_BL[..., None, None], 0.0)
-            for cache in (keys_PSKD, values_PSKD)
-        )
+        k_BLKD, v_BLKD = (_cached(x, sequences.tables[rows], written_BL) for x in (keys_PSKD, values_PSKD))
         index_BQ = (starts_B[:, None] + within).clamp(max=len(q_TND) - 1)
         out_BQND = _attend(q_TND[index_BQ], k_BLKD, v_BLKD, column <= position_BQ[..., None])
         there_BQ = within < counts_B[:, None]
         out_TND[index_BQ[there_BQ]] = out_BQND[there_BQ]
     return out_TND
+
+
+def _cached(cache_PSKD: Tensor, tables_BM: Tensor, written_BL: Tensor) -> Tensor:
+    """What the cache holds of each sequence, [B, L, K, D], and zeros where nothing is written."""
+    longest = written_BL.shape[1]
+    found_BLKD = cache_PSKD[tables_BM[:, : -(-longest // cache_PSKD.shape[1])].long()].flatten(1, 2)[:, :longest]
+    return found_BLKD.masked_fill(~written_BL[..., None, None], 0.0)
 
 
 def _attend(q_BQND: Tensor, k_BLKD: Tensor, v_BLKD: Tensor, mask_BQL: Tensor) -> Tensor:

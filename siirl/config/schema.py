@@ -130,6 +130,7 @@ class RolloutConfig(Section):
     cache_fraction: float = Field(0.3, gt=0, le=1, description="the cache's share of the memory that a worker may use")
     chunk_tokens: Positive = Field(8192, description="prompt tokens computed beside one token of every response")
     max_sequences: Positive = Field(512, description="sequences decoded together on one worker")
+    graphs: bool = Field(True, description="record the decode step where the device can, and replay it")
     batch_invariant: bool = Field(
         False, description="bits of a token do not depend on the batch: rollout's log-probs are training's, bit for bit"
     )

@@ -167,11 +167,13 @@ class RngState:
 class Captured(Generic[Result]):
     """Recorded work. `replay()` does it again on the current stream, from what its inputs' memory holds by then.
 
-    `result` is what the recorded call returned; each replay writes into the same tensors.
+    `result` is what the recorded call returned; each replay writes into the same tensors. `pool` names the memory that
+    the recording computes in, where the device can share it between recordings.
     """
 
     replay: Callable[[], None]
     result: Result
+    pool: Any = None
 
 
 class Backend(ABC):
@@ -299,11 +301,15 @@ class Backend(ABC):
         """A new event with record, synchronize, query and elapsed_time (milliseconds, only with `timing`)."""
 
     @abstractmethod
-    def capture(self, work: Callable[[], Result], warm_ups: int = 3) -> Captured[Result]:
+    def capture(
+        self, work: Callable[[], Result], warm_ups: int = 3, beside: Captured[Any] | None = None
+    ) -> Captured[Result]:
         """Record `work` as a graph of the device, after running it `warm_ups` times for what it allocates and tunes.
 
         `work` reads its inputs from tensors that outlive it, has no control flow that depends on values on the device,
-        and copies nothing to the host. Raises Unsupported where the device, or PyTorch on it, records none.
+        and copies nothing to the host. Recordings made `beside` another compute in the same memory: they are replayed
+        one after the other, and what one returned is read before another is replayed. Raises Unsupported where the
+        device, or PyTorch on it, records none, or no more.
         """
 
     @abstractmethod

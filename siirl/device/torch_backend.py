@@ -26,6 +26,7 @@ class TorchBackend(Backend):
     """An accelerator that PyTorch knows by `torch_type`. A vendor adds stage 0, the facts and what differs."""
 
     _torch: Any = None
+    _side: Any = None  # the stream that records: libraries keep a workspace for every stream they have seen
 
     @property
     def torch(self) -> Any:
@@ -155,11 +156,14 @@ class TorchBackend(Backend):
     def event(self, timing: bool = False) -> Any:
         return self.torch.Event(self.device(), enable_timing=timing)
 
-    def capture(self, work: Callable[[], Result], warm_ups: int = 3) -> Captured[Result]:
+    def capture(
+        self, work: Callable[[], Result], warm_ups: int = 3, beside: Captured[Any] | None = None
+    ) -> Captured[Result]:
         if self.capabilities().graph_capture == "none":
             raise Unsupported(f"device '{self.name}' records no graphs: call the work each time instead")
-        graph, recording = self._recording()
-        here, side = self.torch.accelerator.current_stream(), self.stream()
+        graph, recording = self._recording(None if beside is None else beside.pool)
+        self._side = self._side or self.stream()
+        here, side = self.torch.accelerator.current_stream(), self._side
         side.wait_stream(here)
         with side:  # the stream that a program starts with cannot be recorded
             for _ in range(warm_ups):
@@ -167,14 +171,17 @@ class TorchBackend(Backend):
             with recording:
                 result = work()
         here.wait_stream(side)
-        return Captured(graph.replay, result)
+        return Captured(graph.replay, result, graph.pool())
 
-    def _recording(self) -> tuple[Any, AbstractContextManager[Any]]:
-        """A new graph, and the context in which it records the current stream."""
+    def _recording(self, pool: Any) -> tuple[Any, AbstractContextManager[Any]]:
+        """A new graph in the memory `pool` of another one, None: its own, and the context that records into it.
+
+        While it records, other threads of the process may go on allocating memory (`thread_local`).
+        """
         graph_class = getattr(self.torch.accelerator, "Graph", None)
         if graph_class is None:
             raise Unsupported(f"PyTorch {self.torch.__version__} records no graphs on '{self.name}', 2.12 and newer do")
-        graph = graph_class()
+        graph = graph_class(pool=pool, capture_error_mode="thread_local")
         return graph, graph
 
     @property

@@ -18,11 +18,12 @@ from siirl.rollout.blocks import BLOCK, BlockPool, Ints
 from siirl.rollout.checksum import confirm
 from siirl.rollout.contract import UNFINISHED, Begun, Completions, SleepLevel
 from siirl.rollout.drafts import guess
+from siirl.rollout.graphs import Capture, Graphs
 from siirl.rollout.sampler import Drawn, Sampler
 from siirl.rollout.sampling import Sampling
 from siirl.rollout.scheduler import Scheduler, Work
 from siirl.rollout.sequences import Sequences
-from siirl.rollout.state import PagedState, State, UncachedState, cache_bytes_per_token, cache_shape
+from siirl.rollout.state import State, UncachedState, cache_bytes_per_token, cache_shape
 
 if TYPE_CHECKING:
     from siirl.model.fallback import AnyDecoder
@@ -39,6 +40,7 @@ class NativeEngine:
         cache_bytes: memory that the cache may take; it is kept from call to call, until the engine sleeps.
         chunk_tokens: tokens of prompts computed beside one token of every response.
         own_weights: nobody else computes with the decoder's weights, so that `sleep` may free them.
+        capture: records decode steps (:func:`siirl.rollout.graphs.recorder`); None: every operator is launched.
     """
 
     def __init__(
@@ -50,11 +52,12 @@ class NativeEngine:
         cache_bytes: int = 2**30,
         chunk_tokens: int = 8192,
         own_weights: bool = False,
+        capture: Capture | None = None,
     ) -> None:
         self.decoder, self.version = decoder, 0
         self._eos_ids, self._decode_text = list(eos_ids), decode_text
         self._max_sequences, self._cache_bytes, self._chunk = max_sequences, cache_bytes, chunk_tokens
-        self._own_weights = own_weights
+        self._own_weights, self._graphs = own_weights, Graphs(capture)
         self.cache: Tensor | None = None
         self._pool = BlockPool(0)  # the cache's blocks
         self._asleep: dict[str, Tensor] | None = None  # weights on the host, by name; dropped ones are on no device
@@ -78,6 +81,7 @@ class NativeEngine:
         self._aborts.append(sample_ids)
 
     def sleep(self, level: SleepLevel = 1) -> None:
+        self._graphs.forget()
         self.cache, self._pool = None, BlockPool(0)
         if self._asleep is not None:
             return
@@ -149,22 +153,26 @@ class NativeEngine:
     def _state(self, sequences: Sequences) -> tuple[State, int]:
         """The state of a call, and the rows that may run at once."""
         rows = max(1, min(self._max_sequences, len(sequences)))
-        blocks = -(-sequences.tokens.shape[1] // BLOCK) + 1
+        longest = sequences.tokens.shape[1]
+        blocks = -(-longest // BLOCK) + 1
         if not isinstance(self.decoder, Decoder):
             self._pool = BlockPool(rows * blocks)  # without memory
             return UncachedState(self.decoder), rows
         dtype = self.decoder.head_weight.dtype
         affordable = self._cache_bytes // (BLOCK * cache_bytes_per_token(self.decoder.config, dtype))
-        return PagedState(self.decoder, self._cache_of(self.decoder, max(blocks, min(rows * blocks, affordable)))), rows
+        affordable -= self._graphs.spare_blocks
+        cache = self._cache_of(self.decoder, max(blocks, min(rows * blocks, affordable)))
+        return self._graphs.state(self.decoder, cache, rows, longest), rows
 
     def _cache_of(self, decoder: Decoder, blocks: int) -> Tensor:
         """The cache of earlier calls, made larger where it has to be; it keeps its prefixes if both fit the budget."""
-        shape = cache_shape(decoder.config, blocks)
+        shape = cache_shape(decoder.config, blocks + self._graphs.spare_blocks)
         if self.cache is not None and len(self._pool) < blocks:
+            self._graphs.forget()
             size = math.prod(shape) * self.cache.itemsize
             if self.cache.nbytes + size <= self._cache_bytes:
                 grown = self.cache.new_empty(shape)
-                grown[:, :, : len(self._pool)] = self.cache
+                grown[:, :, : len(self._pool)] = self.cache[:, :, : len(self._pool)]
                 self.cache = grown
                 self._pool.grow(blocks)
             else:

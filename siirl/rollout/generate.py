@@ -11,6 +11,7 @@ from siirl.device import select
 from siirl.model.load import load_model
 from siirl.model.tokenizer import decode, encode_prompt, encode_texts, eos_ids
 from siirl.rollout.engine import NativeEngine
+from siirl.rollout.graphs import recorder
 from siirl.rollout.options import sampling_of
 
 
@@ -44,6 +45,7 @@ def generate_text(
         eos_ids(loaded.tokenizer, loaded.model.config),
         lambda tokens: decode(loaded.tokenizer, tokens),
         cache_bytes=2**62,
+        capture=recorder(backend, config.rollout.graphs),
     )
     settings = config.rollout.model_copy(update={"max_new_tokens": max_new_tokens, "temperature": temperature})
     sampling = sampling_of(settings, lambda text: encode_texts(loaded.tokenizer, [text])[0])

@@ -59,7 +59,7 @@ class PagedState:
     def forward(self, sequences: Sequences, work: Work, tables: Tables) -> Tensor:
         device = self._cache.device
         tokens_T, positions_T, paged = arrange(sequences, work, tables, device)
-        return self._decoder(tokens_T, positions_T, _PagedAttention(self._cache, paged))
+        return self._decoder(tokens_T, positions_T, PagedAttention(self._cache, paged))
 
     def copy(self, source: Ints, target: Ints) -> None:
         device = self._cache.device
@@ -92,7 +92,7 @@ def arrange(
     return tokens, torch.from_numpy(positions).to(device), paged
 
 
-class _PagedAttention:
+class PagedAttention:
     """Attention of new tokens, which are written to the cache first."""
 
     def __init__(self, cache: Tensor, sequences: PagedSequences) -> None:

@@ -19,6 +19,7 @@ from siirl.model.tokenizer import decode, encode_texts, eos_ids
 from siirl.rollout.checksum import weights_checksum
 from siirl.rollout.contract import Begun, Completions, RolloutEngine
 from siirl.rollout.engine import NativeEngine
+from siirl.rollout.graphs import recorder
 from siirl.rollout.probe import BOUNDS, Answers, Probe, compare
 from siirl.rollout.sampling import Sampling
 from siirl.training.fsdp import TrainingEngine
@@ -233,6 +234,7 @@ class Models:
             cache_bytes,
             self._config.rollout.chunk_tokens,
             own_weights=not self._shared,
+            capture=recorder(self._backend, self._config.rollout.graphs),
         )
 
     def _vllm_engine(self, cache_bytes: int) -> RolloutEngine:

@@ -47,11 +47,11 @@ def switched_back(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 ROLES: dict[Role, dict[str, str]] = {
     "driver": {},
-    "trainer": {"TASK_QUEUE_ENABLE": "2", "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"},
+    "trainer": {"TASK_QUEUE_ENABLE": "1", "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"},
     "colocated": {"TASK_QUEUE_ENABLE": "1"},
     "rollout": {"TASK_QUEUE_ENABLE": "1"},
     "validation": {
-        "TASK_QUEUE_ENABLE": "2",
+        "TASK_QUEUE_ENABLE": "1",
         "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
         "TORCH_NPU_FALLBACK_CPU_DISABLE": "1",
     },
@@ -139,6 +139,12 @@ def test_work_is_warmed_up_and_recorded_on_a_stream_of_its_own() -> None:
     log: list[str] = []
 
     class Graph:
+        def __init__(self, pool: object, capture_error_mode: str) -> None:
+            log.append(f"graph in {pool}, {capture_error_mode}")
+
+        def pool(self) -> str:
+            return "its pool"
+
         def replay(self) -> None:
             log.append("replay")
 
@@ -159,9 +165,12 @@ def test_work_is_warmed_up_and_recorded_on_a_stream_of_its_own() -> None:
     backend.stream = lambda: Stream("side", log)
     captured = backend.capture(work, warm_ups=2)
     recording = ["side waits for main", "on side", "work", "work", "record", "work", "recorded", "off side"]
-    assert log == [*recording, "main waits for side"]
+    assert log == ["graph in None, thread_local", *recording, "main waits for side"]
     captured.replay()
     assert (log[-1], captured.result) == ("replay", "the same tensors")
+    backend.stream = None  # the same stream records again
+    backend.capture(work, warm_ups=0, beside=captured)
+    assert log[-6:-4] == ["on side", "record"] and "graph in its pool, thread_local" in log
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

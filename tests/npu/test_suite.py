@@ -21,6 +21,7 @@ ONE_WORLD = "not empty and not three and not even-replicate"
         ("tests/kernels/test_contracts.py",),
         ("tests/model/test_parity.py",),
         ("tests/rollout/test_engine.py",),
+        ("tests/rollout/test_graphs.py", "-k", "not mistakes"),
         ("tests/training/test_updates.py", "-k", ONE_WORLD),
     ],
     ids=lambda arguments: Path(arguments[0]).stem,

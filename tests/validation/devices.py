@@ -70,7 +70,7 @@ class GraphsClaimed(CpuBackend):
     def capabilities(self) -> Capabilities:
         return replace(super().capabilities(), graph_capture="training")
 
-    def capture(self, work: Callable[[], Any], warm_ups: int = 3) -> Any:
+    def capture(self, work: Callable[[], Any], warm_ups: int = 3, beside: Any = None) -> Any:
         from siirl.device.backend import Captured
 
         result = work()

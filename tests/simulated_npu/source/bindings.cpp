@@ -77,7 +77,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       .def(py::init<>())
       .def("begin", &Graph::begin)
       .def("end", &Graph::end)
-      .def("replay", &Graph::replay);
+      .def("replay", &Graph::replay)
+      .def_static("recording", &Graph::recording);
   module.def("hccl", [](const c10::intrusive_ptr<c10d::Backend>& host) {
     return c10::intrusive_ptr<c10d::Backend>(c10::make_intrusive<Hccl>(host));
   });

@@ -93,7 +93,7 @@ def npu_rotary_mul(
     _require(heads < 1000, "npu_rotary_mul", f"N is less than 1000, not {heads}")
     allowed = ((tokens, 1, size), (tokens, heads, size))
     _require(r1.shape == r2.shape and r1.shape in allowed, "npu_rotary_mul", "r1 and r2 are [T, 1, D] or [T, N, D]")
-    if r1.numel():
+    if r1.numel() and not torch.npu.is_current_stream_capturing():
         within = max(float(r.detach().abs().max()) for r in (r1, r2)) <= 1.0
         _require(within, "npu_rotary_mul", "r1 and r2 lie between -1 and 1")
     x, cos, sin = input.float(), r1.float(), r2.float()

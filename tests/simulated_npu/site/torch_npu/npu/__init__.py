@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -198,19 +199,35 @@ def get_amp_supported_dtype() -> list[torch.dtype]:
 
 
 class NPUGraph:
-    """Work that is recorded once and done again by `replay`, on the same memory."""
+    """Work that is recorded once and done again by `replay`, on the same memory. Its pool has a name and no use."""
 
     def __init__(self) -> None:
         self._recorded = _device.Graph()
+        self._pool = (0, id(self))
+
+    def pool(self) -> tuple[int, int]:
+        return self._pool
 
     def replay(self) -> None:
         with torch.inference_mode():
             self._recorded.replay()
 
 
+def is_current_stream_capturing() -> bool:
+    return _device.Graph.recording()
+
+
 @contextmanager
-def graph(npu_graph: NPUGraph) -> Iterator[None]:
+def graph(
+    npu_graph: NPUGraph, pool: tuple[int, int] | None = None, stream: Any = None, capture_error_mode: str = "global"
+) -> Iterator[None]:
     """Records what the block does, besides doing it."""
+    assert stream is None and capture_error_mode in ("global", "thread_local", "relaxed")
+    if os.environ.get("TASK_QUEUE_ENABLE") == "2":
+        raise RuntimeError(
+            "Do not support TASK_QUEUE_ENABLE = 2 during NPU graph capture, please export TASK_QUEUE_ENABLE=1/0."
+        )
+    npu_graph._pool = pool or npu_graph._pool
     npu_graph._recorded.begin()
     try:
         yield
