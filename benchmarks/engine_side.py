@@ -23,6 +23,7 @@ def siirl(work: dict[str, Any]) -> Call:
     from siirl.device import select
     from siirl.model.load import load_model
     from siirl.rollout.engine import NativeEngine
+    from siirl.rollout.graphs import recorder
     from siirl.rollout.sampling import Sampling
     from siirl_kernels import bind
 
@@ -30,7 +31,8 @@ def siirl(work: dict[str, Any]) -> Call:
     backend.bind(0, 1)
     bind(backend.kernel_order())
     model = load_model(work["model"]).model.to(backend.device(), getattr(torch, work["dtype"])).requires_grad_(False)
-    engine = NativeEngine(model, [work["eos"]], lambda ids: "", max_sequences=work["batch"])
+    capture = recorder(backend, wanted=True)
+    engine = NativeEngine(model, [work["eos"]], lambda ids: "", max_sequences=work["batch"], capture=capture)
     sampling = Sampling(work["new_tokens"], ignore_eos=True)
 
     def call(prompts: list[list[int]]) -> int:

@@ -155,11 +155,11 @@ def check_work(side: str, result: dict[str, Any], shape: Shape) -> None:
 def print_table(results: dict[str, dict[str, Any]]) -> None:
     """At most 80 columns."""
     print("tokens/s, median over rounds, one thread each; ratio: min median max\n")
-    print(f"{'shape':<13}{'siirl':>8}{'transformers':>13}{'ratio':>18}{'vLLM':>8}{'ratio':>18}")
+    print(f"{'shape':<13}{'siirl':>8}{'transformers':>13}{'ratio':>18}{'vLLM':>9}{'ratio':>18}")
     for name, result in results.items():
         rounds = result["rounds"]
         line = f"{name:<13}{median(rounds, 'siirl'):>8.4g}"
-        for side, width in (("transformers", 13), ("vllm", 8)):
+        for side, width in (("transformers", 13), ("vllm", 9)):
             if side not in rounds[0]:
                 continue
             ratios = [r["siirl"]["tokens_per_s"] / r[side]["tokens_per_s"] for r in rounds]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import glob
 import importlib
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from siirl.device import Capabilities, CommSpec, EngineSpec, Probe, Role, TorchBackend, Unsupported, host
-from siirl.device.backend import Determinism
+from siirl.device.backend import Captured, Determinism, Result
 from siirl_npu import preflight
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ SWITCHES = {
     "ATB_LLM_LCOC_ENABLE": "0",
     "CLOSE_MATMUL_K_SHIFT": "1",
 }
+# CANN's words for having no stream left for a graph; a device has about 2000 of them (vLLM-Ascend, acl_graph.py).
+NO_STREAMS = ("207008", "stream resource", "stream_resource", "alloc sq cq fail")
 # HCCL's strict order of reductions exists on these; elsewhere asking for it is an error of every collective.
 STRICT_DEVICES = ("Ascend910B", "Ascend910_93")
 
@@ -147,6 +150,16 @@ class NpuBackend(TorchBackend):
         chosen = os.environ.get("HCCL_DETERMINISTIC")
         wanted = SWITCHES | {"HCCL_DETERMINISTIC": "strict" if strict or chosen == "strict" else "true"}
         return unmet + self._set_switches(wanted, late=self.torch.distributed.is_initialized())
+
+    def capture(
+        self, work: Callable[[], Result], warm_ups: int = 3, beside: Captured[Any] | None = None
+    ) -> Captured[Result]:
+        try:
+            return super().capture(work, warm_ups, beside)
+        except RuntimeError as error:
+            if any(words in str(error).lower() for words in NO_STREAMS):
+                raise Unsupported("the NPU has no streams left for another graph") from error
+            raise
 
     def _recording(self, pool: Any) -> tuple[Any, AbstractContextManager[Any]]:
         if not hasattr(self.module, "NPUGraph"):

@@ -28,6 +28,7 @@ _MODULES: tuple[str, ...] = (
     "collectives",
     "distributed_training",
     "rollout",
+    "recorded_decoding",
     "weight_sync",
     "end_to_end",
 )

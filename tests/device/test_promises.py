@@ -173,6 +173,20 @@ def test_work_is_warmed_up_and_recorded_on_a_stream_of_its_own() -> None:
     assert log[-6:-4] == ["on side", "record"] and "graph in its pool, thread_local" in log
 
 
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [("ACL stream synchronize failed, error code is 207008", Unsupported), ("out of order", RuntimeError)],
+)
+def test_an_npu_without_streams_records_no_more(words: str, kind: type[Exception]) -> None:
+    class Full(NpuBackend):
+        def _recording(self, pool: Any) -> Any:
+            raise RuntimeError(words)
+
+    with pytest.raises(kind) as caught:
+        loaded(Full, graph_capture="inference").capture(lambda: None)
+    assert type(caught.value) is kind
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_recorded_graph_computes_what_the_work_computes() -> None:
     backend = CudaBackend()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from siirl.validation.run import prepared, run_check
 from siirl.validation.subject import Subject
 from siirl_cpu import CpuBackend
 from siirl_kernels import implementation, registry
+from tests.rollout.recording import broken as replays_nothing
+from tests.rollout.recording import call_again
 from tests.validation import devices, stage_0, wrong_engines, wrong_kernels, wrong_workers
 
 ASKED: set[str] = set()
@@ -95,6 +98,20 @@ def test_a_dtype_that_is_claimed_and_does_not_work(
 ) -> None:
     with prepared(loaded(CpuBackend), "smoke") as subject, broken():
         breaks(subject, "L1.dtype_claims", says)
+
+
+@pytest.mark.parametrize(("capture", "status"), [(call_again, "passed"), (replays_nothing, "failed")])
+def test_a_device_that_records_decode_steps(
+    capture: Callable[..., Any], status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with prepared(loaded(CpuBackend), "smoke") as subject:
+        assert ask(subject, "L4.recorded_decoding").status == "skipped"
+        claimed = replace(subject.backend.capabilities(), graph_capture="inference")
+        monkeypatch.setattr(subject.backend, "capabilities", lambda: claimed)
+        monkeypatch.setattr(subject.backend, "capture", capture)
+        result = ask(subject, "L4.recorded_decoding")
+    assert result.status == status, result.sentence
+    assert status == "passed" or "responses that differ" in result.sentence
 
 
 def test_recomputed_dropout_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
