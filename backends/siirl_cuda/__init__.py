@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from datetime import timedelta
@@ -82,6 +83,10 @@ class CudaBackend(TorchBackend):
     @classmethod
     def kernel_order(cls) -> list[str]:
         return ["native", "triton", "torch"]
+
+    def load(self) -> None:
+        super().load()
+        importlib.import_module("siirl_kernels.triton")
 
     @classmethod
     def engines(cls) -> list[EngineSpec]:

@@ -162,7 +162,7 @@ class _InvariantLogProb(LinearLogProb):
         entropy = torch.empty_like(log_prob)
         for start, end in chunks(len(hidden), len(weight)):
             logits = functions.linear(hidden[start:end], weight, None)
-            functions.log_prob(logits, target[start:end], temperature, log_prob[start:end], entropy[start:end])
+            functions.log_prob_of(logits, target[start:end], temperature, log_prob[start:end], entropy[start:end])
         ctx.save_for_backward(hidden, weight, target, entropy)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
@@ -195,8 +195,4 @@ def _judges(logits_BV: Tensor, tokens_B: Tensor, temperature: float) -> bool:
 
 @implementation("token_log_prob", PROVIDER, supports=_judges)
 def token_log_prob(logits_BV: Tensor, tokens_B: Tensor, temperature: float) -> Tensor:
-    log_prob = torch.empty(len(logits_BV), dtype=torch.float32)
-    entropy = torch.empty_like(log_prob)
-    heat = temperature or 1.0
-    functions.log_prob(logits_BV.contiguous(), tokens_B.contiguous(), heat, log_prob, entropy)
-    return log_prob
+    return functions.token_log_prob(logits_BV.contiguous(), tokens_B.contiguous(), temperature)

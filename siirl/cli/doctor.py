@@ -72,6 +72,7 @@ def _opened(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     providers = opened["kernels"]
     for provider in dict.fromkeys(providers.values()):
         yield f"kernels by {provider}", ", ".join(op for op, by in providers.items() if by == provider)
+    yield from ((f"no kernels by {provider}", why) for provider, why in opened["kernels_left_out"].items())
 
 
 def _words(value: Any) -> str:

@@ -19,11 +19,13 @@ def check_old_log_probs(live: Iterable[Live], config: Config) -> None:
     updates = [i for i in items if i.node.op == "update" and i.node.params.get("loss", "policy") == "policy"]
     if policy == "recompute" or not updates:
         return
-    if config.rollout.max_staleness:
-        raise RequestError(
-            f"algorithm.old_log_probs is {policy}, but with rollout.max_staleness above 0 old log-probs are those of "
-            "rollout in any case, for the weights that drew the samples are gone; set algorithm.old_log_probs=recompute"
-        )
+    for key in ("max_staleness", "partial"):
+        if getattr(config.rollout, key):
+            raise RequestError(
+                f"algorithm.old_log_probs is {policy}, but with rollout.{key} above 0 old log-probs are those of "
+                "rollout in any case, for the weights that drew the samples are gone; set "
+                "algorithm.old_log_probs=recompute"
+            )
     need = updates
     if policy == "correct":
         _check_bounds(config.algorithm)

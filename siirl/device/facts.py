@@ -35,12 +35,13 @@ def tell(name: str) -> dict[str, Any]:
     """Open the device in this process and describe it."""
     backend = select(name, role="driver")
     backend.bind(0)
-    from siirl_kernels import bind
+    from siirl_kernels import bind, obstacle
 
-    spec = backend.communication()
+    order, spec = backend.kernel_order(), backend.communication()
     return {
         "capabilities": backend.capabilities().to_dict(),
-        "kernels": bind(backend.kernel_order()),
+        "kernels": bind(order),
+        "kernels_left_out": {provider: why for provider in order if (why := obstacle(provider)) is not None},
         "communication": {
             "torch_backend": spec.torch_backend,
             "dtypes": {collective: sorted(dtypes) for collective, dtypes in spec.dtypes.items()},

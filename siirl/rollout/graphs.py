@@ -2,7 +2,7 @@
 
 A step in which every sequence has one new token is little work in many operators, and launching them takes the host
 longer than the device computes. A recording is launched as a whole. It repeats the addresses and shapes of the call
-that was recorded (``torch.accelerator.Graph``, PyTorch 2.13), therefore
+that was recorded (PyTorch's notes on device graphs, 2.13), therefore
 
 - inputs are copied into tensors that stay, with rows added up to a size that was recorded: each of these writes to a
   block of the cache that no sequence has, and nobody reads what it computes;

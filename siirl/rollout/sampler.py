@@ -15,6 +15,7 @@ from torch import Tensor
 from siirl.rollout.blocks import Ints
 from siirl.rollout.sampling import Sampling, draw
 from siirl.rollout.sequences import Sequences
+from siirl_kernels import kernels
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,18 @@ class Sampler:
         """Draw.
 
         Args:
+            logits_DV: of the model; changed on the way and left as they were.
             rows: int64 [D], the sequence of each draw; one may draw several tokens behind each other, of which the
                 later ones count where its guesses are right.
             places: int64 [D], where in its response each token would be.
         """
         uniform_D = torch.from_numpy(self._sequences.uniforms[rows, places])
+        kept = logits_DV[:, self._never]
+        logits_DV.index_fill_(1, self._never, -torch.inf)
         tokens_D, log_probs_D = draw(logits_DV, self._sampling, uniform_D, self._allowed(logits_DV, rows, places))
+        if len(self._never):  # log-probs are of the whole distribution
+            logits_DV[:, self._never] = kept
+            log_probs_D = kernels.token_log_prob(logits_DV, tokens_D, self._sampling.temperature)
         tokens = tokens_D.cpu().numpy()
         return Drawn(tokens, log_probs_D.cpu().numpy(), np.isin(tokens, self._ends), self._top(logits_DV))
 
@@ -62,15 +69,14 @@ class Sampler:
         return torch.tensor(ids, dtype=torch.int64, device=self._device)
 
     def _allowed(self, logits_DV: Tensor, rows: Ints, places: Ints) -> Tensor | None:
-        """The logits to draw by; None where they are the model's."""
+        """The logits to draw by, where some draws have others than the model's; what is never drawn is -inf already."""
         early = np.flatnonzero(places < self._sampling.min_new_tokens) if self._ends else places[:0]
         banned = [self._behind(rows, places, word) for word in self._phrases]
-        if not (len(self._never) or len(early) or self._sampling.penalises or any(map(len, banned))):
+        if not (len(early) or self._sampling.penalises or any(map(len, banned))):
             return None
         allowed = (
             self._penalised(logits_DV.float(), rows, places) if self._sampling.penalises else logits_DV.float().clone()
         )
-        allowed.index_fill_(1, self._never, -torch.inf)
         if len(early):
             allowed[torch.from_numpy(early).to(self._device)[:, None], self._not_yet] = -torch.inf
         for word, at in zip(self._phrases, banned, strict=True):

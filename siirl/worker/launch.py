@@ -111,6 +111,14 @@ def _check_engines(stage: Stage) -> None:
         _check_vllm(config)
     if config.training.engine != "fsdp":
         raise RequestError(f"training.engine is '{config.training.engine}', which is not installed; use fsdp")
+    rollout, key = config.rollout, "rollout.batch_invariant"
+    if rollout.batch_invariant and (rollout.engine, config.training.dtype) != ("native", "float32"):
+        raise RequestError(f"{key} needs rollout.engine=native and training.dtype=float32; set {key}=false")
+    if rollout.min_new_tokens > rollout.max_new_tokens:
+        raise RequestError(
+            f"rollout.min_new_tokens is {rollout.min_new_tokens}, more than rollout.max_new_tokens, which is "
+            f"{rollout.max_new_tokens}"
+        )
 
 
 def _check_vllm(config: Config) -> None:

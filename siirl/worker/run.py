@@ -393,11 +393,9 @@ def _bind(backend: Backend, config: Config) -> dict[str, str]:
     """Choose the kernels of this worker; the provider of each op."""
     if not config.rollout.batch_invariant:
         return bind(backend.kernel_order())
-    key = "rollout.batch_invariant"
-    if config.training.dtype != "float32" or config.rollout.engine != "native" or backend.device().type != "cpu":
-        raise RequestError(
-            f"{key} needs training.dtype=float32, rollout.engine=native and the device cpu; set {key}=false"
-        )
+    key, device = "rollout.batch_invariant", backend.device().type
+    if device != "cpu":
+        raise RequestError(f"{key} needs the device cpu, not {device}; set {key}=false")
     try:
         return bind(backend.kernel_order(), invariant_pins())
     except ValueError as error:

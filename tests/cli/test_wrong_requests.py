@@ -136,7 +136,10 @@ def absent_device() -> str:
     return next(name for name, probe in probe_all().items() if not probe.available)
 
 
-@pytest.mark.parametrize("name", WRONG)
+# those that start workers have their time measured where nothing runs beside them
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.alone] * wrong.starts) for name, wrong in WRONG.items()]
+)
 def test_a_wrong_request_is_answered_in_one_sentence(name: str, siirl, tmp_path: Path) -> None:
     wrong = WRONG[name]
     for file, text in {"run.yaml": SMALL, **wrong.files}.items():

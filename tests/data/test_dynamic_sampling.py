@@ -66,7 +66,7 @@ def test_a_pool_trains_on_each_group_once_and_holds_no_more_than_a_rounds_surplu
         pool.begin()
         step = None
         while step is None:
-            fresh = range(position, position + pool.prompts)
+            fresh = range(position, position + pool.next_prompts(ALONE))
             position = fresh.stop
             kept = [group for group in fresh if random.random() < rate]
             passed += kept
@@ -90,7 +90,7 @@ def test_a_state_goes_to_another_number_of_workers() -> None:
     alone = GroupPool(4, 2.0, 1)
     alone.restore([pool.state() for pool in (pools[2], pools[1], pools[0])], ALONE)
     assert alone.rows.equals(rows_of([3, 5, 8]))
-    assert alone.prompts == 2, "one group is missing"
+    assert alone.next_prompts(ALONE) == 2, "one group is missing"
 
 
 def test_leftovers_of_another_pipeline_are_refused_with_a_sentence() -> None:

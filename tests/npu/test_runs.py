@@ -58,7 +58,7 @@ def assert_same_curve(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pipeline", ["grpo", "ppo"])
+@pytest.mark.parametrize("pipeline", ["grpo", pytest.param("ppo", marks=pytest.mark.long)])
 def test_the_learning_curve_is_the_hosts(pipeline: str, npu: None, tmp_path: Path) -> None:
     """Supervised steps, then GRPO or PPO; PPO with its weights sharded over both devices."""
     arguments = [f"pipeline={pipeline}", *(["training.sharding=shard"] if pipeline == "ppo" else [])]

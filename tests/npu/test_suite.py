@@ -64,12 +64,12 @@ fsdp.pack = forgetful
     "numpy() of a device tensor": Planted(
         """
 import torch
-from siirl.rollout import engine
-draw = engine.draw
+from siirl.rollout import sampler
+draw = sampler.draw
 def through_numpy(*arguments):
     tokens, log_probs = draw(*arguments)
     return torch.from_numpy(tokens.numpy()), log_probs
-engine.draw = through_numpy
+sampler.draw = through_numpy
 """,
         "tests/rollout/test_engine.py::test_stop_strings_end_a_response",
         "TypeError: can't convert npu:0 device type tensor to numpy",

@@ -164,7 +164,7 @@ def _worker(rank: int, size: int, port: int, sharding: str, rows: list[list[int]
     [
         [[0, 1, 2, 3, 6, 7], [4, 5, 8, 9, 10, 11]],
         [list(range(12)), []],  # a worker without a row still takes part
-        [[11, 2, 5], [0, 9, 7, 4], [1, 3, 6, 8, 10]],
+        pytest.param([[11, 2, 5], [0, 9, 7, 4], [1, 3, 6, 8, 10]], marks=pytest.mark.long),
     ],
     ids=["even", "one empty", "three"],
 )

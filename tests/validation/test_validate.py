@@ -66,7 +66,7 @@ def test_the_cpu_keeps_every_promise(tmp_path: Path) -> None:
     assert report.levels() == ["L0", "L1", "L2", "L3", "L4", "L5"]
     assert not report.failures
     assert {"torch", "siirl", "python"} <= report.versions.keys()
-    assert report.kernels["bound"]["rope"] == "torch"
+    assert report.kernels["bound"]["packed_attention"] == "torch"
     cases = list(ElementTree.parse(tmp_path / "junit.xml").getroot().iter("testcase"))
     assert [case.get("name") for case in cases] == [result.id for result in report.results]
     page = (tmp_path / "report.html").read_text()
@@ -134,7 +134,7 @@ def test_the_file_of_known_failures_lies_beside_the_back_end(vendor: Path) -> No
 
 
 def test_two_reports_are_compared(tmp_path: Path) -> None:
-    report = run("cpu", "smoke", tmp_path / "a", only=["L2.accuracy[rope*", "L0.probe"])
+    report = run("cpu", "smoke", tmp_path / "a", only=["L2.accuracy[rope-torch*", "L0.probe"])
     assert len(report.results) == 4
     other = json.loads((tmp_path / "a" / "report.json").read_text())
     (tmp_path / "b.json").write_text(json.dumps(other))

@@ -66,7 +66,7 @@ def close(a: list[dict[str, Any]], b: list[dict[str, Any]], tolerance: float, le
             assert one[key] == pytest.approx(other[key], rel=tolerance, abs=tolerance), (one["step"], key)
 
 
-@pytest.mark.parametrize("pipeline", ["grpo", "ppo"])
+@pytest.mark.parametrize("pipeline", ["grpo", pytest.param("ppo", marks=pytest.mark.long)])
 def test_where_the_workers_are_changes_nothing(pipeline: str, recipe: Path, tmp_path: Path) -> None:
     """At staleness 0 only sums over other numbers of workers may round differently."""
     arguments = [f"pipeline={pipeline}", "algorithm.mini_batches=2", "evaluation.every=2"]

@@ -34,7 +34,7 @@ def rewards(recipe: Path, run_dir: Path, *arguments: str) -> tuple[float, float]
     return sum(curve[:5]) / 5, sum(curve[-5:]) / 5
 
 
-@pytest.mark.parametrize("pipeline", ["grpo", "ppo"])
+@pytest.mark.parametrize("pipeline", ["grpo", pytest.param("ppo", marks=pytest.mark.long)])
 def test_the_reward_rises_and_without_a_learning_rate_it_does_not(pipeline: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.replace("PIPELINE", pipeline))

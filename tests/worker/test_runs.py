@@ -39,7 +39,9 @@ def test_one_and_two_workers_see_the_same_samples_and_reach_the_same_weights(rec
     assert max(moved) > 0
 
 
-@pytest.mark.parametrize("pipeline", ["grpo", "ppo", "sft"])
+@pytest.mark.parametrize(
+    "pipeline", ["grpo", pytest.param("ppo", marks=pytest.mark.long), pytest.param("sft", marks=pytest.mark.long)]
+)
 def test_the_same_command_twice_gives_identical_metrics(pipeline: str, recipe: Path, tmp_path: Path) -> None:
     arguments = (f"pipeline={pipeline}", "--workers", "2", "data.prompts_per_step=8", "algorithm.mini_batches=2")
     runs.run(recipe, tmp_path / "a", *arguments)
@@ -72,7 +74,7 @@ def test_a_run_directory_holds_what_the_contract_names(recipe: Path, tmp_path: P
     assert max(line["rollout/logprob_diff_max"] for line in runs.metrics(tmp_path / "run")) < 1e-4
 
 
-@pytest.mark.parametrize("pipeline", ["grpo", "ppo"])
+@pytest.mark.parametrize("pipeline", ["grpo", pytest.param("ppo", marks=pytest.mark.long)])
 def test_a_killed_worker_is_named_and_the_resumed_run_equals_one_never_killed(
     pipeline: str, recipe: Path, tmp_path: Path
 ) -> None:
@@ -99,7 +101,9 @@ def test_a_killed_worker_is_named_and_the_resumed_run_equals_one_never_killed(
         assert torch.equal(runs.weights(tmp_path / "killed")[name], tensor)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_signal_ends_the_run_with_a_checkpoint(
     number: signal.Signals, status: int, workers: str, recipe: Path, tmp_path: Path

@@ -17,6 +17,8 @@ provider("native", unavailable)
 
 # Where PyTorch's matrix product does not have more rows to fill its blocks with: float32, bfloat16.
 _FEW, _FEW_IN_TILES = 32, 128
+# A weight of so many rows comes from memory each time, and the next rows while those before are multiplied.
+_LARGE, _FEW_OF_LARGE = 2**14, 64
 # A dot product of fewer numbers is sooner done than its lanes are added up.
 _LONG = 256
 _TILE = 32
@@ -27,7 +29,12 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 def _takes(*tensors: Tensor) -> bool:
     dtype = tensors[0].dtype
-    return dtype in _DTYPES and all(x.dtype == dtype and x.is_cpu and x.is_contiguous() for x in tensors)
+    if dtype not in _DTYPES:
+        return False
+    for x in tensors:  # noqa: SIM110 (asked thousands of times a step: all() takes twice as long)
+        if x.dtype != dtype or not x.is_cpu or not x.is_contiguous():
+            return False
+    return True
 
 
 def _multiplies(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> bool:
@@ -35,7 +42,7 @@ def _multiplies(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> bool:
     if not 0 < tokens <= _FEW_IN_TILES or not _takes(x_TH, weight_OH) or not (bias is None or _takes(x_TH, bias)):
         return False
     if x_TH.dtype == torch.float32:
-        return tokens <= _FEW and hidden >= _LONG
+        return hidden >= _LONG and tokens <= (_FEW_OF_LARGE if len(weight_OH) >= _LARGE else _FEW)
     return hidden % _TILE == 0 == len(weight_OH) % _TILE and functions.has_tiles()
 
 
@@ -66,6 +73,15 @@ def _draws(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> bool:
 @implementation("categorical", "native", supports=_draws)
 def categorical(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     return functions.categorical(logits_BV, uniform_B, temperature)
+
+
+def _judges(logits_BV: Tensor, tokens_B: Tensor, temperature: float) -> bool:
+    return logits_BV.dtype == torch.float32 and _takes(logits_BV) and tokens_B.is_contiguous()
+
+
+@implementation("token_log_prob", "native", supports=_judges)
+def token_log_prob(logits_BV: Tensor, tokens_B: Tensor, temperature: float) -> Tensor:
+    return functions.token_log_prob(logits_BV, tokens_B, temperature)
 
 
 def _normalises(x: Tensor, weight: Tensor, eps: float) -> bool:

@@ -98,7 +98,7 @@ def categorical(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tup
     return tokens, log_probs
 
 
-def log_prob(logits_TV: Tensor, target_T: Tensor, temperature: float, log_prob_T: Tensor, entropy_T: Tensor) -> None:
+def log_prob_of(logits_TV: Tensor, target_T: Tensor, temperature: float, log_prob_T: Tensor, entropy_T: Tensor) -> None:
     """Fills in each target's log-prob, of the same bits as :func:`categorical`'s, and each row's entropy."""
     rows, words = logits_TV.shape
     _function("siirl_log_prob")(
@@ -110,6 +110,13 @@ def log_prob(logits_TV: Tensor, target_T: Tensor, temperature: float, log_prob_T
         log_prob_T.data_ptr(),
         entropy_T.data_ptr(),
     )
+
+
+def token_log_prob(logits_BV: Tensor, tokens_B: Tensor, temperature: float) -> Tensor:
+    """float32, of the same bits as :func:`categorical`'s; temperature 0 counts as 1."""
+    log_prob = torch.empty(len(logits_BV), dtype=torch.float32)
+    log_prob_of(logits_BV, tokens_B, temperature or 1.0, log_prob, torch.empty_like(log_prob))
+    return log_prob
 
 
 def paged_attention(

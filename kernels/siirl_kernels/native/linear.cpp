@@ -10,35 +10,45 @@ constexpr int64_t BLOCK = 128;          // tokens whose x stays in the second-le
 constexpr int64_t CACHED = 28 * 1024;  // bytes of weight that stay in the first-level cache beside four rows of x
 
 template <int R, int C>
-void tile(const float* x, const float* w, const float* bias, float* out, int64_t hidden, int64_t outputs, int64_t o) {
+void tile(const float* x, const float* w, const float* bias, float* out, int64_t hidden, int64_t outputs, int64_t o,
+          const float* ahead) {
     const float *rows[R], *columns[C];
     int64_t width = std::min<int64_t>(C, outputs - o);
     for (int r = 0; r < R; r++) rows[r] = x + r * hidden;
     for (int c = 0; c < C; c++) columns[c] = w + (o + std::min<int64_t>(c, width - 1)) * hidden;
     float found[LANES];
-    store(found, dots<R, C>(rows, columns, hidden));
-    for (int r = 0; r < R; r++)
-        for (int64_t c = 0; c < width; c++)
-            out[r * outputs + o + c] = bias ? found[r * C + c] + bias[o + c] : found[r * C + c];
+    store(found, dots<R, C>(rows, columns, hidden, ahead));
+    for (int i = 0; bias && i < R * C; i++) found[i] += bias[o + std::min<int64_t>(i % C, width - 1)];
+    for (int r = 0; r < R; r++) {
+        if (width == C)
+            std::memcpy(out + r * outputs + o, found + r * C, sizeof(float) * C);
+        else
+            std::memcpy(out + r * outputs + o, found + r * C, sizeof(float) * width);
+    }
 }
 
 template <int R, int C>
 void strip(const float* x, const float* w, const float* bias, float* out, int64_t hidden, int64_t outputs, int64_t o,
-           int64_t end) {
-    for (; o < end; o += C) tile<R, C>(x, w, bias, out, hidden, outputs, o);
+           int64_t end, const float* ahead) {
+    for (; o < end; o += C) {
+        tile<R, C>(x, w, bias, out, hidden, outputs, o, ahead);
+        if (ahead) ahead += hidden;
+    }
 }
 
 // Outputs `from` … `to` of all tokens.
 void columns(const float* x, const float* w, const float* bias, float* out, int64_t tokens, int64_t hidden,
              int64_t outputs, int64_t from, int64_t to) {
     int64_t t = 0;
-    for (; t + 4 <= tokens; t += 4)
-        strip<4, 4>(x + t * hidden, w, bias, out + t * outputs, hidden, outputs, from, to);
+    // the next group's rows of the weight, one for every tile of this one's
+    const float* ahead = to + (to - from) <= outputs ? w + to * hidden : nullptr;
+    for (; t + 4 <= tokens; t += 4, ahead = ahead && t < 16 ? ahead + (to - from) / 4 * hidden : nullptr)
+        strip<4, 4>(x + t * hidden, w, bias, out + t * outputs, hidden, outputs, from, to, ahead);
     const float* rest = x + t * hidden;
     float* into = out + t * outputs;
-    if (tokens - t == 3) strip<3, 4>(rest, w, bias, into, hidden, outputs, from, to);
-    if (tokens - t == 2) strip<2, 8>(rest, w, bias, into, hidden, outputs, from, to);
-    if (tokens - t == 1) strip<1, 16>(rest, w, bias, into, hidden, outputs, from, to);
+    if (tokens - t == 3) strip<3, 4>(rest, w, bias, into, hidden, outputs, from, to, nullptr);
+    if (tokens - t == 2) strip<2, 8>(rest, w, bias, into, hidden, outputs, from, to, nullptr);
+    if (tokens - t == 1) strip<1, 16>(rest, w, bias, into, hidden, outputs, from, to, nullptr);
 }
 
 }  // namespace
