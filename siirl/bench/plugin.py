@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import textwrap
 import time
 from collections.abc import Callable
 from typing import Any
@@ -78,7 +79,8 @@ class Plugin:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.skipped and isinstance(report.longrepr, tuple):
-            self._echo(f"  left out: {report.longrepr[2].removeprefix('Skipped: ')}")
+            why = f"  left out: {report.longrepr[2].removeprefix('Skipped: ')}"
+            self._echo(textwrap.fill(why, 80, subsequent_indent="    "))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_benchmark_generate_machine_info(self) -> dict[str, str]:
