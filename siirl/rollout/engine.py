@@ -129,22 +129,24 @@ class NativeEngine:
         sampler = Sampler(sampling, self._eos_ids, sequences, self._device)
         state, rows = self._state(sequences)
         scheduler = Scheduler(sequences, self._pool, rows, self._chunk, self.version, state.copy)
-        while scheduler.unfinished and sequences.whole_groups() < enough:
-            guesses = None
-            if sampling.draft_tokens:
-                drawing = scheduler.drawing
-                guesses = guess(sequences, drawing, sampling.draft_tokens, sampling.draft_match)
-            work = scheduler.next(guesses)
-            hidden_TH = state.forward(sequences, work, scheduler.tables)
-            draws = _draws(work, *scheduler.computed(work), guesses)
-            if len(draws.rows):
-                logits_DV = self.decoder.logits(hidden_TH[torch.from_numpy(draws.at).to(hidden_TH.device)])
-                drawn = sampler(logits_DV, draws.rows, sequences.drawn[draws.rows] + draws.ahead)
-                self._append(sequences, draws, drawn, sampling.stop)
-                if guesses is not None:
-                    scheduler.settle(draws.rows)
-            scheduler.leave_ended(others=self._end_aborted(sequences, sample_ids))
-        scheduler.stop()
+        try:
+            while scheduler.unfinished and sequences.whole_groups() < enough:
+                guesses = None
+                if sampling.draft_tokens:
+                    drawing = scheduler.drawing
+                    guesses = guess(sequences, drawing, sampling.draft_tokens, sampling.draft_match)
+                work = scheduler.next(guesses)
+                hidden_TH = state.forward(sequences, work, scheduler.tables)
+                draws = _draws(work, *scheduler.computed(work), guesses)
+                if len(draws.rows):
+                    logits_DV = self.decoder.logits(hidden_TH[torch.from_numpy(draws.at).to(hidden_TH.device)])
+                    drawn = sampler(logits_DV, draws.rows, sequences.drawn[draws.rows] + draws.ahead)
+                    self._append(sequences, draws, drawn, sampling.stop)
+                    if guesses is not None:
+                        scheduler.settle(draws.rows)
+                scheduler.leave_ended(others=self._end_aborted(sequences, sample_ids))
+        finally:  # the pool outlives a call that failed
+            scheduler.stop()
 
     @property
     def _device(self) -> torch.device:

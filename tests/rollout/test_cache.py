@@ -182,6 +182,16 @@ def test_a_call_that_has_enough_ends_and_another_goes_on_with_the_rest() -> None
         assert versions.tolist() == [0] * len(start.response_ids) + [1] * (len(versions) - len(start.response_ids))
 
 
+def test_no_block_is_held_after_a_call_that_failed() -> None:
+    def fails(ids: list[int]) -> str:
+        raise ValueError("no such token")
+
+    made = NativeEngine(tiny(), [1], fails)
+    with pytest.raises(ValueError, match="no such token"):
+        run(made, Sampling(5, stop=("x",)))
+    assert made._pool.available == len(made._pool) > 0
+
+
 def test_no_block_is_held_after_a_call() -> None:
     made = engine(tiny())
     for sampling in (SAMPLING, Sampling(5, ignore_eos=True)):
