@@ -109,7 +109,11 @@ class CarriedGroups:
             parts = [{k.removeprefix(prefix): t for k, t in s.items() if k.startswith(prefix)} for s in states if s]
             return Batch.concat([Batch.from_tensors(part) for part in parts]) if parts else Batch({})
 
-        self.prompts_held, self.samples_held = held(_PROMPTS), held(_SAMPLES)
+        prompts, samples = held(_PROMPTS), held(_SAMPLES)
+        if len(prompts):
+            oldest = prompts.dense("sample_id").argsort()
+            prompts, samples = prompts.take(oldest), samples.take(self._samples_of(oldest))
+        self.prompts_held, self.samples_held = prompts, samples
 
     def _samples_of(self, groups: Tensor) -> Tensor:
         return (groups[:, None] * self._group + torch.arange(self._group)).flatten()
