@@ -27,7 +27,8 @@ logging: {samples_every: 1}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, example: Finished) -> list[Path]:
-    """Runs that together write every metric: the example, PPO, DAPO, GRPO with a reference model on two workers."""
+    """Runs that together write every metric: the example, PPO, DAPO, GRPO with a reference model on two workers and
+    with groups that are carried."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "recipe.yaml").write_text(RECIPE)
     cases: dict[str, dict[str, Any]] = {
@@ -38,6 +39,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, example: Finished) -> list[Pa
             "algorithm.correction": "mis",
         },
         "grpo": {"workers": 2, "algorithm.kl_coef": 0.1, "algorithm.old_log_probs": "correct"},
+        "carried": {"rollout.partial": 0.5},
         "dapo": {
             "pipeline": "dapo",
             "algorithm.old_log_probs": "trust",
