@@ -19,6 +19,7 @@ from siirl_kernels.cases import Generate, Level, Source
 from siirl_kernels.packing import PackedSequences
 from siirl_kernels.paging import PagedSequences
 from siirl_kernels.registry import supported
+from siirl_kernels.weights import LayerWeights, LinearWeights
 
 # An error in scale shows among so many elements of like size; the roundings of a few may all go one way.
 SCALE_ELEMENTS = 64
@@ -174,6 +175,8 @@ def _moved(x: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
         return replace(x, device=device)
     if isinstance(x, PagedSequences):
         return x.to(device)
+    if isinstance(x, LinearWeights | LayerWeights):
+        return x.to(device, dtype)
     if isinstance(x, Tensor):
         return x.to(device, dtype if x.is_floating_point() else None)
     return x
@@ -251,7 +254,14 @@ CONTRACTS: dict[str, Contract] = {
             op="inference_linear",
             tolerances=_tolerances(single=(32, 8), half=(3, 0.5)),
             rows=("x_TH",),
-            generate=inference_cases.linear,
+            generate=inference_cases.inference_linear,
+        ),
+        Contract(
+            op="inference_layer",
+            # eleven ops behind each other, of which each takes up the rounding of those before
+            tolerances=_tolerances(single=(256, 64), half=(16, 4)),
+            writes=("keys_PSKD", "values_PSKD"),
+            generate=inference_cases.inference_layer,
         ),
         Contract(
             op="categorical",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from siirl_kernels.cases import Generated, Level, Source
 from siirl_kernels.paging import PagedSequences
+from siirl_kernels.weights import LayerWeights, LinearWeights
 
 
 def paged_attention(level: Level, source: Source) -> Iterator[Generated]:
@@ -27,21 +28,12 @@ def paged_attention(level: Level, source: Source) -> Iterator[Generated]:
     ) -> Generated:
         """Blocks dealt out in no order; unwritten slots hold NaN. ``heads``: query heads, key heads, their size."""
         queries, keys, size = heads
-        needed = [-(-length // slots) for length in lengths]
-        blocks = source.permutation(sum(needed) + 2).tolist()
-        tables = [[blocks.pop() for _ in range(n)] for n in needed]
         draw = source.every_other if strided else source.normal
         q, k, v = (draw(sum(counts), n, size) for n in (queries, keys, keys))
-        cached = PagedSequences.of(tables, lengths, lengths, slots, source.device).slots
-        caches = []
-        for _ in range(2):
-            flat = torch.full_like(source.normal((sum(needed) + 2) * slots, keys, size), torch.nan)
-            flat[cached] = source.normal(len(cached), keys, size)
-            caches.append(flat.view(-1, slots, keys, size))
+        tables, caches = _cache(source, lengths, slots, keys, size)
         tensors = dict(zip(("q_TND", "k_TKD", "v_TKD"), (sharpness * q, k, v), strict=True))
         sequences = PagedSequences.of(tables, lengths, counts, slots, source.device)
-        caches_too = {"keys_PSKD": caches[0], "values_PSKD": caches[1], "sequences": sequences}
-        return name, tensors | caches_too, sharpness
+        return name, {**tensors, **caches, "sequences": sequences}, sharpness
 
     if level == "perf":
         length = source.real(512)
@@ -63,6 +55,22 @@ def paged_attention(level: Level, source: Source) -> Iterator[Generated]:
         yield case("a block of all", (9, 3, 64), [70, 100], [1, 5], slots=128)
         yield case("a long chunk", (9, 3, 64), [300], [277])
         yield case("wide heads", (4, 2, 128), [90, 20, 77], [1, 20, 33])
+
+
+def _cache(
+    source: Source, lengths: Sequence[int], slots: int, keys: int, size: int
+) -> tuple[list[list[int]], dict[str, Tensor]]:
+    """Blocks of each sequence, dealt out in no order, and the caches; what no sequence has holds NaN."""
+    needed = [-(-length // slots) for length in lengths]
+    blocks = source.permutation(sum(needed) + 2).tolist()
+    tables = [[blocks.pop() for _ in range(n)] for n in needed]
+    cached = PagedSequences.of(tables, lengths, lengths, slots, source.device).slots
+    caches = {}
+    for name in ("keys_PSKD", "values_PSKD"):
+        flat = torch.full_like(source.normal((sum(needed) + 2) * slots, keys, size), torch.nan)
+        flat[cached] = source.normal(len(cached), keys, size)
+        caches[name] = flat.view(-1, slots, keys, size)
+    return tables, caches
 
 
 def linear(level: Level, source: Source) -> Iterator[Generated]:
@@ -88,6 +96,70 @@ def linear(level: Level, source: Source) -> Iterator[Generated]:
         yield case("wide", source.normal(3, 2049), 31)
         yield case("large", source.normal(17, 96, scale=1e2), 40, size=1e2)
         yield case("301 rows", source.normal(301, 64), 130, bias=True)
+
+
+def inference_linear(level: Level, source: Source) -> Iterator[Generated]:
+    for name, arguments, size in linear(level, source):
+        weights = LinearWeights(arguments["weight_OH"], arguments["bias"])
+        yield name, {"x_TH": arguments["x_TH"], "weights": weights}, size
+
+
+def inference_layer(level: Level, source: Source) -> Iterator[Generated]:
+    def case(
+        name: str,
+        hidden: int,
+        heads: tuple[int, int, int],
+        intermediate: int,
+        lengths: Sequence[int],
+        counts: Sequence[int],
+        bias: bool = False,
+        head_norms: bool = False,
+        strided: bool = False,
+    ) -> Generated:
+        """``heads``: query heads, key heads, their size."""
+        queries, keys, size = heads
+
+        def linear(inputs: int, outputs: int, bias: bool = False) -> LinearWeights:
+            weight = source.normal(outputs, inputs, scale=inputs**-0.5)
+            return LinearWeights(weight, source.normal(outputs) if bias else None)
+
+        def norm(width: int) -> Tensor:
+            return source.normal(width, scale=0.1, mean=1.0)
+
+        weights = LayerWeights(
+            input_norm=norm(hidden),
+            q=linear(hidden, queries * size, bias),
+            k=linear(hidden, keys * size, bias),
+            v=linear(hidden, keys * size, bias),
+            q_norm=norm(size) if head_norms else None,
+            k_norm=norm(size) if head_norms else None,
+            o=linear(queries * size, hidden),
+            post_norm=norm(hidden),
+            gate=linear(hidden, intermediate),
+            up=linear(hidden, intermediate),
+            down=linear(intermediate, hidden),
+            eps=1e-6,
+        )
+        angles = source.normal(sum(counts), size // 2).repeat(1, 2)
+        tables, caches = _cache(source, lengths, 16, keys, size)
+        x = (source.every_other if strided else source.normal)(sum(counts), hidden)
+        tensors = {"x_TH": x, "cos_TD": angles.cos(), "sin_TD": angles.sin()}
+        sequences = PagedSequences.of(tables, lengths, counts, 16, source.device)
+        return name, {**tensors, "weights": weights, **caches, "sequences": sequences}, 1.0
+
+    if level == "perf":
+        yield case("16 rows of 256", 512, (8, 4, 64), 1536, [256] * 16, [1] * 16)
+        yield case("64 rows of 256", 512, (8, 4, 64), 1536, [256] * 64, [1] * 64)
+        return
+    yield case("one token each", 64, (4, 2, 16), 96, [1, 37, 2, 9, 40], [1] * 5)
+    yield case("biases, prompts", 96, (3, 1, 32), 64, [5, 17, 1], [5, 17, 1], bias=True)
+    yield case("norms of heads, chunks", 64, (2, 2, 32), 160, [40, 19, 33, 3], [7, 4, 1, 3], head_norms=True)
+    yield case("no row", 32, (2, 1, 16), 64, [], [])
+    if level == "full":
+        yield case("strided", 64, (4, 2, 16), 64, [20, 7], [1, 1], strided=True)
+        yield case("odd sizes", 40, (3, 3, 24), 50, [33, 5], [1, 5])
+        yield case("one row", 64, (4, 4, 16), 64, [130], [1], bias=True, head_norms=True)
+        yield case("many rows", 64, (4, 2, 16), 128, list(range(1, 302)), [1] * 301)
 
 
 def categorical(level: Level, source: Source) -> Iterator[Generated]:

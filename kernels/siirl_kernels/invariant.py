@@ -1,6 +1,6 @@
 """Provider ``invariant``: float32 on a host, where no bit of a token depends on what is computed beside it.
 
-Every sum has one order of additions (``native/vec.h``), so a token's numbers are the same alone or in any batch, with
+Every sum has one order of additions (``native/``), so a token's numbers are the same alone or in any batch, with
 any number of threads, in a prompt cut anywhere, and in generation (:func:`paged_attention`) as in training
 (:func:`packed_attention`): the log-prob that :func:`categorical` reports is the one :func:`linear_log_prob` finds.
 Gradients are those of the references, from the inputs alone. In other dtypes the references run, which promise none of
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from siirl_kernels import reference
 from siirl_kernels.linear_log_prob import LinearLogProb, chunks
-from siirl_kernels.native import functions
+from siirl_kernels.native import functions, takes_layer
 from siirl_kernels.native.build import unavailable
 from siirl_kernels.packing import PackedSequences
 from siirl_kernels.paging import PagedSequences
 from siirl_kernels.registry import implementation, obstacle, provider
+from siirl_kernels.weights import LayerWeights, LinearWeights
 
 PROVIDER = "invariant"
 OPS = (
@@ -30,6 +31,7 @@ OPS = (
     "swiglu",
     "linear",
     "inference_linear",
+    "inference_layer",
     "packed_attention",
     "paged_attention",
     "linear_log_prob",
@@ -124,9 +126,39 @@ def linear(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> Tensor:
     return _differentiable(functions.linear, reference.linear, x_TH, weight_OH, bias)
 
 
-@implementation("inference_linear", PROVIDER, supports=_multiplies)
-def inference_linear(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> Tensor:
-    return functions.linear(x_TH.contiguous(), weight_OH.contiguous(), bias if bias is None else bias.contiguous())
+def _generates(x_TH: Tensor, weights: LinearWeights) -> bool:
+    return _multiplies(x_TH, weights.weight, weights.bias)
+
+
+@implementation("inference_linear", PROVIDER, supports=_generates)
+def inference_linear(x_TH: Tensor, weights: LinearWeights) -> Tensor:
+    return functions.inference_linear(x_TH.contiguous(), weights)
+
+
+def _generates_layer(
+    x_TH: Tensor,
+    cos_TD: Tensor,
+    sin_TD: Tensor,
+    weights: LayerWeights,
+    keys_PSKD: Tensor,
+    values_PSKD: Tensor,
+    sequences: PagedSequences,
+) -> bool:
+    single = x_TH.dtype == torch.float32
+    return single and takes_layer(x_TH, cos_TD, sin_TD, weights, keys_PSKD, values_PSKD, sequences)
+
+
+@implementation("inference_layer", PROVIDER, supports=_generates_layer)
+def inference_layer(
+    x_TH: Tensor,
+    cos_TD: Tensor,
+    sin_TD: Tensor,
+    weights: LayerWeights,
+    keys_PSKD: Tensor,
+    values_PSKD: Tensor,
+    sequences: PagedSequences,
+) -> Tensor:
+    return functions.inference_layer(x_TH, cos_TD, sin_TD, weights, keys_PSKD, values_PSKD, sequences)
 
 
 def _attends_packed(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, sequences: PackedSequences) -> bool:

@@ -13,7 +13,8 @@ from torch import Tensor
 from siirl_kernels.linear_log_prob import LinearLogProb
 from siirl_kernels.packing import PackedSequences
 from siirl_kernels.paging import PagedSequences
-from siirl_kernels.registry import op
+from siirl_kernels.registry import kernels, op
+from siirl_kernels.weights import LayerWeights, LinearWeights
 
 
 @op
@@ -138,9 +139,44 @@ def linear(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @op
-def inference_linear(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> Tensor:
+def inference_linear(x_TH: Tensor, weights: LinearWeights) -> Tensor:
     """As :func:`linear`, without gradients: what generation computes with, where T is small."""
-    return F.linear(x_TH, weight_OH, bias)
+    return kernels.linear(x_TH, weights.weight, weights.bias)
+
+
+@op
+def inference_layer(
+    x_TH: Tensor,
+    cos_TD: Tensor,
+    sin_TD: Tensor,
+    weights: LayerWeights,
+    keys_PSKD: Tensor,
+    values_PSKD: Tensor,
+    sequences: PagedSequences,
+) -> Tensor:
+    """A decoder layer on the new tokens of sequences in a paged cache (:func:`paged_attention`), without gradients.
+
+    The reference is made of the other ops, as they are bound.
+
+    Args:
+        x_TH: the residual stream, in the weights' dtype.
+        cos_TD: and ``sin_TD``, of the new tokens' angles (:func:`rope`).
+
+    Returns:
+        The residual stream behind the layer, [T, H].
+    """
+    tokens, size = cos_TD.shape
+    normed_TH = kernels.rms_norm(x_TH, weights.input_norm, weights.eps)
+    projections = (weights.q, weights.k, weights.v)
+    q, k, v = (kernels.inference_linear(normed_TH, w).view(tokens, len(w.weight) // size, size) for w in projections)
+    q = q if weights.q_norm is None else kernels.rms_norm(q, weights.q_norm, weights.eps)
+    k = k if weights.k_norm is None else kernels.rms_norm(k, weights.k_norm, weights.eps)
+    q, k = kernels.rope(q, cos_TD, sin_TD), kernels.rope(k, cos_TD, sin_TD)
+    mixed_TND = kernels.paged_attention(q, k, v, keys_PSKD, values_PSKD, sequences)
+    x_TH = x_TH + kernels.inference_linear(mixed_TND.flatten(1), weights.o)
+    normed_TH = kernels.rms_norm(x_TH, weights.post_norm, weights.eps)
+    gate, up = (kernels.inference_linear(normed_TH, w) for w in (weights.gate, weights.up))
+    return x_TH + kernels.inference_linear(kernels.swiglu(gate, up), weights.down)
 
 
 @op

@@ -30,6 +30,7 @@ class Kernels:
     paged_attention: Callable[..., Any]
     linear: Callable[..., Any]
     inference_linear: Callable[..., Any]
+    inference_layer: Callable[..., Any]
     categorical: Callable[..., Any]
     token_log_prob: Callable[..., Any]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from siirl_kernels.packing import PackedSequences
 from siirl_kernels.paging import PagedSequences
+from siirl_kernels.weights import LayerWeights, LinearWeights
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -82,9 +83,37 @@ def linear(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> Tensor:
     return out if bias is None else out + bias
 
 
-def inference_linear(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> Tensor:
+def inference_linear(x_TH: Tensor, weights: LinearWeights) -> Tensor:
     """The same."""
-    return linear(x_TH, weight_OH, bias)
+    return linear(x_TH, weights.weight, weights.bias)
+
+
+def inference_layer(
+    x_TH: Tensor,
+    cos_TD: Tensor,
+    sin_TD: Tensor,
+    weights: LayerWeights,
+    keys_PSKD: Tensor,
+    values_PSKD: Tensor,
+    sequences: PagedSequences,
+) -> Tensor:
+    """Attention, then the MLP, each added to the residual stream."""
+    x = rms_norm(x_TH, weights.input_norm, weights.eps)
+    q, k, v = (
+        inference_linear(x, w).unflatten(1, (len(w.weight) // cos_TD.shape[1], -1))
+        for w in (weights.q, weights.k, weights.v)
+    )
+    if weights.q_norm is not None:
+        q = rms_norm(q, weights.q_norm, weights.eps)
+    if weights.k_norm is not None:
+        k = rms_norm(k, weights.k_norm, weights.eps)
+    q, k = rope(q, cos_TD, sin_TD), rope(k, cos_TD, sin_TD)
+    mixed = paged_attention(q, k, v, keys_PSKD, values_PSKD, sequences)
+    x_TH = x_TH + inference_linear(mixed.flatten(1), weights.o)
+    x = rms_norm(x_TH, weights.post_norm, weights.eps)
+    return x_TH + inference_linear(
+        swiglu(inference_linear(x, weights.gate), inference_linear(x, weights.up)), weights.down
+    )
 
 
 def categorical(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -112,6 +141,7 @@ _FORMULAS = (
     paged_attention,
     linear,
     inference_linear,
+    inference_layer,
     categorical,
     token_log_prob,
 )

@@ -7,7 +7,7 @@ Shapes: T tokens, H hidden, N query heads, K key/value heads, D head size, V voc
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,14 +42,7 @@ class Linear(nn.Linear):
         pass
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        return _linear(x_TH, self.weight, self.bias)
-
-
-def _linear(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> Tensor:
-    """Inference mode is generation; log-probs of training are computed without gradients too, but outside of it."""
-    if torch.is_inference_mode_enabled():
-        return kernels.inference_linear(x_TH, weight_OH, bias)
-    return kernels.linear(x_TH, weight_OH, bias)
+        return kernels.linear(x_TH, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):
@@ -141,10 +134,15 @@ class Decoder(nn.Module):
             attention: attends for every layer, e.g. ``PackedAttention(sequences)``.
         """
         x_TH = self.model.embed_tokens(tokens_T)
-        cos_TD, sin_TD = self._rotary(positions_T, x_TH.dtype)
-        for block in self.model.layers:
+        cos_TD, sin_TD = self.rotary(positions_T, x_TH.dtype)
+        for block in self.blocks:
             x_TH = block(x_TH, cos_TD, sin_TD, attention)
         return self.model.norm(x_TH)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, first to last."""
+        return cast(list[Block], list(self.model.layers))
 
     @property
     def head_weight(self) -> Tensor:
@@ -153,7 +151,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
         """Logits [T, V]."""
-        return _linear(hidden_TH, self.head_weight, None)
+        return kernels.linear(hidden_TH, self.head_weight, None)
 
     def initialize(self, generator: torch.Generator) -> None:
         """Fresh weights: normal with the config's standard deviation, zero biases, unit norms."""
@@ -164,7 +162,7 @@ class Decoder(nn.Module):
                 else:
                     parameter.normal_(0.0, self.config.initializer_range, generator=generator)
 
-    def _rotary(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rotary(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of the positions' angles, [T, D], both halves alike."""
         if self._frequencies is None or self._frequencies.device != positions_T.device:
             self._frequencies = rotary_frequencies(self.config).to(positions_T.device)

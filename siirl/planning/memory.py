@@ -107,7 +107,11 @@ def _rollout(job: Job) -> Terms:
     rows, blocks = cache_rows(job)
     prompts = min(job.config.rollout.chunk_tokens, job.prompts(job.rollout.data) * job.config.data.max_prompt_tokens)
     logits = rows * shape.vocab_size * (job.itemsize + 3 * 4)  # logits, and softmax, sum and noise in float32
+    packed = (
+        job.cluster.device.unified and job.config.rollout.engine == "native"
+    )  # weights as a host's kernels read them
     return {
+        "rollout": float(job.itemsize * shape.parameters * packed),
         "kv cache": blocks * BLOCK * shape.cache_bytes(job.itemsize) / job.rollout.tensor,
         "activations": _working_set(job, "actor", max(rows, prompts)) / job.rollout.tensor,
         "head": logits,

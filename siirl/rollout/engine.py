@@ -139,7 +139,7 @@ class NativeEngine:
                 hidden_TH = state.forward(sequences, work, scheduler.tables)
                 draws = _draws(work, *scheduler.computed(work), guesses)
                 if len(draws.rows):
-                    logits_DV = self.decoder.logits(hidden_TH[torch.from_numpy(draws.at).to(hidden_TH.device)])
+                    logits_DV = state.logits(hidden_TH[torch.from_numpy(draws.at).to(hidden_TH.device)])
                     drawn = sampler(logits_DV, draws.rows, sequences.drawn[draws.rows] + draws.ahead)
                     self._append(sequences, draws, drawn, sampling.stop)
                     if guesses is not None:

@@ -29,8 +29,8 @@ from siirl.model.decoder import Decoder
 from siirl.rollout.blocks import BLOCK, Ints
 from siirl.rollout.scheduler import Work
 from siirl.rollout.sequences import Sequences
-from siirl.rollout.state import PagedAttention, PagedState, Tables
-from siirl_kernels import table_hash
+from siirl.rollout.state import PagedState, Tables
+from siirl_kernels import kernels, table_hash
 from siirl_kernels.paging import PagedSequences
 
 log = logging.getLogger(__name__)
@@ -205,6 +205,17 @@ class Graphs:
         if not self._told:
             log.info("decode steps are recorded and replayed, first that of %d rows and %d blocks of context", *size)
             self._told = True
+
+
+class PagedAttention:
+    """Attention of new tokens, which are written to the cache first."""
+
+    def __init__(self, cache: Tensor, sequences: PagedSequences) -> None:
+        self._cache, self._sequences = cache, sequences
+
+    def __call__(self, layer: int, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+        keys_PSKD, values_PSKD = self._cache[layer]
+        return kernels.paged_attention(q_TND, k_TKD, v_TKD, keys_PSKD, values_PSKD, self._sequences)
 
 
 class RecordedState(PagedState):

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from siirl.model.config import DecoderConfig
 from siirl.model.decoder import Decoder, PackedAttention
+from siirl.model.inference import InferenceDecoder
 from siirl.rollout.blocks import BLOCK, Ints
 from siirl.rollout.scheduler import Work
 from siirl.rollout.sequences import Sequences
-from siirl_kernels import kernels
 from siirl_kernels.packing import PackedSequences
 from siirl_kernels.paging import PagedSequences
 
@@ -33,6 +33,10 @@ class State(Protocol):
 
     def forward(self, sequences: Sequences, work: Work, tables: Tables) -> Tensor:
         """Hidden states of the new tokens of ``work``, [T, H]; ``tables``: int32 [rows, M], blocks of each row."""
+        ...
+
+    def logits(self, hidden_TH: Tensor) -> Tensor:
+        """Of hidden states, [T, V]."""
         ...
 
     def copy(self, source: Ints, target: Ints) -> None:
@@ -51,15 +55,22 @@ def cache_shape(config: DecoderConfig, blocks: int) -> tuple[int, ...]:
 
 
 class PagedState:
-    """Keys and values in a ``cache`` of :func:`cache_shape`; what is not written yet may be anything."""
+    """Keys and values in a ``cache`` of :func:`cache_shape`; what is not written yet may be anything.
+
+    Weights stay as they are while the state lives: one call to the engine.
+    """
 
     def __init__(self, decoder: Decoder, cache: Tensor) -> None:
         self._decoder, self._cache = decoder, cache
+        self._inference = InferenceDecoder(decoder)
 
     def forward(self, sequences: Sequences, work: Work, tables: Tables) -> Tensor:
         device = self._cache.device
         tokens_T, positions_T, paged = arrange(sequences, work, tables, device)
-        return self._decoder(tokens_T, positions_T, PagedAttention(self._cache, paged))
+        return self._inference(tokens_T, positions_T, self._cache, paged)
+
+    def logits(self, hidden_TH: Tensor) -> Tensor:
+        return self._inference.logits(hidden_TH)
 
     def copy(self, source: Ints, target: Ints) -> None:
         device = self._cache.device
@@ -92,17 +103,6 @@ def arrange(
     return tokens, torch.from_numpy(positions).to(device), paged
 
 
-class PagedAttention:
-    """Attention of new tokens, which are written to the cache first."""
-
-    def __init__(self, cache: Tensor, sequences: PagedSequences) -> None:
-        self._cache, self._sequences = cache, sequences
-
-    def __call__(self, layer: int, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        keys_PSKD, values_PSKD = self._cache[layer]
-        return kernels.paged_attention(q_TND, k_TKD, v_TKD, keys_PSKD, values_PSKD, self._sequences)
-
-
 class UncachedState:
     """Whole sequences computed again for every token: for decoders that cannot be given a cache."""
 
@@ -118,6 +118,9 @@ class UncachedState:
         last = ends.cumsum()
         new = [np.arange(stop - count, stop) for stop, count in zip(last, work.counts, strict=True)]
         return hidden_TH[torch.from_numpy(np.concatenate(new)).to(device)]
+
+    def logits(self, hidden_TH: Tensor) -> Tensor:
+        return self._decoder.logits(hidden_TH)
 
     def copy(self, source: Ints, target: Ints) -> None:
         pass

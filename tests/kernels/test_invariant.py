@@ -10,11 +10,13 @@ from torch import Tensor
 
 from siirl.model.config import DecoderConfig
 from siirl.model.decoder import Decoder, PackedAttention
+from siirl.model.inference import InferenceDecoder
 from siirl_kernels import bind, invariant, kernels, resolved
 from siirl_kernels.invariant import OPS, invariant_pins
 from siirl_kernels.native.build import unavailable
 from siirl_kernels.packing import PackedSequences
 from siirl_kernels.paging import PagedSequences
+from siirl_kernels.weights import LinearWeights
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 CPU = torch.device("cpu")
@@ -45,7 +47,7 @@ def test_rows_in_batches_are_rows_alone(rows: int, hidden: int) -> None:
     target = torch.arange(rows) % 45
     calls = {
         "linear": lambda at: kernels.linear(x[at], weight, bias),
-        "inference_linear": lambda at: kernels.inference_linear(x[at], weight, None),
+        "inference_linear": lambda at: kernels.inference_linear(x[at], LinearWeights(weight)),
         "rms_norm": lambda at: kernels.rms_norm(x[at], gain, 1e-6),
         "rope": lambda at: kernels.rope(heads[at], angles[at].cos(), angles[at].sin()),
         "swiglu": lambda at: kernels.swiglu(x[at], x.flip(0)[at]),
@@ -73,7 +75,7 @@ def test_threads_change_no_bit() -> None:
 def test_training_finds_the_log_prob_that_drawing_reported(temperature: float) -> None:
     hidden, weight = normal(33, 64), normal(1003, 64, seed=1)
     uniform = torch.rand(33, generator=torch.Generator().manual_seed(2))
-    tokens, drawn = kernels.categorical(kernels.inference_linear(hidden, weight, None), uniform, temperature)
+    tokens, drawn = kernels.categorical(kernels.inference_linear(hidden, LinearWeights(weight)), uniform, temperature)
     assert torch.equal(kernels.linear_log_prob(hidden, weight, tokens, temperature or 1.0)[0], drawn)
 
 
@@ -146,11 +148,10 @@ def test_a_generated_token_has_the_log_prob_of_training(decoder: Decoder, chunk:
     generated = torch.empty(33)
     caches = torch.full((3, 2, 12, BLOCK, 2, 24), torch.nan)
 
-    def attend(at: Tensor, paged: PagedSequences) -> None:
-        def layer_attends(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return kernels.paged_attention(q, k, v, *caches[layer], paged)
+    generation = InferenceDecoder(decoder)
 
-        logits = decoder.logits(decoder(tokens[at], paged.positions, layer_attends))
+    def attend(at: Tensor, paged: PagedSequences) -> None:
+        logits = generation.logits(generation(tokens[at], paged.positions, caches, paged))
         uniform = _draws(logits, targets[at], 0.9)
         drawn, log_probs = kernels.categorical(logits, uniform, 0.9)
         same = drawn == targets[at]

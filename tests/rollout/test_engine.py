@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -13,11 +15,19 @@ from siirl.model.load import load_model
 from siirl.rollout.contract import LENGTH, STOP, SleepLevel
 from siirl.rollout.engine import NativeEngine
 from siirl.rollout.sampling import Sampling
+from siirl_kernels import bind
 from siirl_kernels.packing import PackedSequences
-from tests.device_under_test import device
+from tests.device_under_test import backend, device
 
 FAMILIES = ["llama", "qwen2", "qwen3"]
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17], [20, 21], [40, 41, 42, 43]]
+
+
+@pytest.fixture(params=["references", "kernels of the device"], autouse=True)
+def _bound(request: pytest.FixtureRequest) -> Iterator[None]:
+    bind([] if request.param == "references" else backend().kernel_order())
+    yield
+    bind([])
 
 
 def tiny(family: str = "qwen3", eos: tuple[int, ...] = ()) -> Decoder:
@@ -88,6 +98,18 @@ def test_log_probs_are_those_of_a_packed_forward_pass(temperature: float) -> Non
             logits = decoder.logits(hidden[len(prompt) - 1 : -1]).cpu() / temperature
         expected = torch.log_softmax(logits, -1).gather(1, response[:, None]).squeeze(1)
         torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=0)
+
+
+def test_weights_that_training_changed_in_place_are_used_by_the_next_call() -> None:
+    decoder = tiny()
+    made, ids, sampling = engine(decoder), torch.arange(len(PROMPTS)), Sampling(12)
+    before = made.generate(PROMPTS, ids, sampling, 1, 0)
+    with torch.no_grad():
+        for weight in decoder.parameters():
+            weight.mul_(1.5)
+    after, anew = (e.generate(PROMPTS, ids, sampling, 1, 0) for e in (made, engine(decoder)))
+    assert as_lists(after) == as_lists(anew) != as_lists(before)
+    assert torch.equal(after.log_probs.values, anew.log_probs.values)
 
 
 def test_responses_end_at_the_end_token_or_the_limit() -> None:

@@ -12,15 +12,10 @@ from siirl_kernels.native import functions
 from siirl_kernels.native.build import unavailable
 from siirl_kernels.paging import PagedSequences
 from siirl_kernels.registry import implementation, provider
+from siirl_kernels.weights import LayerWeights, LinearWeights
 
 provider("native", unavailable)
 
-# Where PyTorch's matrix product does not have more rows to fill its blocks with: float32, bfloat16.
-_FEW, _FEW_IN_TILES = 32, 128
-# A weight of so many rows comes from memory each time, and the next rows while those before are multiplied.
-_LARGE, _FEW_OF_LARGE = 2**14, 64
-# A dot product of fewer numbers is sooner done than its lanes are added up.
-_LONG = 256
 _TILE = 32
 # PyTorch's attention multiplies long chunks of a bfloat16 prompt in tiles too.
 _PROMPT = 256
@@ -37,18 +32,20 @@ def _takes(*tensors: Tensor) -> bool:
     return True
 
 
-def _multiplies(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> bool:
-    tokens, hidden = x_TH.shape
-    if not 0 < tokens <= _FEW_IN_TILES or not _takes(x_TH, weight_OH) or not (bias is None or _takes(x_TH, bias)):
+def _packs(weights: LinearWeights) -> bool:
+    weight, bias = weights.weight, weights.bias
+    if not weight.is_cpu or weight.dtype not in _DTYPES or not (bias is None or bias.dtype == weight.dtype):
         return False
-    if x_TH.dtype == torch.float32:
-        return hidden >= _LONG and tokens <= (_FEW_OF_LARGE if len(weight_OH) >= _LARGE else _FEW)
-    return hidden % _TILE == 0 == len(weight_OH) % _TILE and functions.has_tiles()
+    return weight.dtype == torch.float32 or (weight.shape[1] % _TILE == 0 and functions.has_tiles())
+
+
+def _multiplies(x_TH: Tensor, weights: LinearWeights) -> bool:
+    return x_TH.dtype == weights.weight.dtype and _takes(x_TH) and _packs(weights)
 
 
 @implementation("inference_linear", "native", supports=_multiplies)
-def inference_linear(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> Tensor:
-    return functions.linear(x_TH, weight_OH, bias)
+def inference_linear(x_TH: Tensor, weights: LinearWeights) -> Tensor:
+    return functions.inference_linear(x_TH, weights)
 
 
 def _attends(
@@ -76,7 +73,7 @@ def categorical(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tup
 
 
 def _judges(logits_BV: Tensor, tokens_B: Tensor, temperature: float) -> bool:
-    return logits_BV.dtype == torch.float32 and _takes(logits_BV) and tokens_B.is_contiguous()
+    return _takes(logits_BV) and tokens_B.is_contiguous()
 
 
 @implementation("token_log_prob", "native", supports=_judges)
@@ -109,3 +106,39 @@ def _activates(gate: Tensor, up: Tensor) -> bool:
 @implementation("swiglu", "native", supports=_activates)
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return functions.swiglu(gate, up)
+
+
+def takes_layer(
+    x_TH: Tensor,
+    cos_TD: Tensor,
+    sin_TD: Tensor,
+    weights: LayerWeights,
+    keys_PSKD: Tensor,
+    values_PSKD: Tensor,
+    sequences: PagedSequences,
+) -> bool:
+    """Whether the library computes this layer."""
+    return (
+        x_TH.dtype == weights.input_norm.dtype
+        and _attends(x_TH, cos_TD, sin_TD, keys_PSKD, values_PSKD, sequences)
+        and weights.form("native takes it", lambda: _takes_all(weights))
+    )
+
+
+def _takes_all(weights: LayerWeights) -> bool:
+    norms = (weights.input_norm, weights.post_norm, weights.q_norm, weights.k_norm)
+    linears = (weights.q, weights.k, weights.v, weights.o, weights.gate, weights.up, weights.down)
+    return _takes(*(x for x in norms if x is not None)) and all(map(_packs, linears))
+
+
+@implementation("inference_layer", "native", supports=takes_layer)
+def inference_layer(
+    x_TH: Tensor,
+    cos_TD: Tensor,
+    sin_TD: Tensor,
+    weights: LayerWeights,
+    keys_PSKD: Tensor,
+    values_PSKD: Tensor,
+    sequences: PagedSequences,
+) -> Tensor:
+    return functions.inference_layer(x_TH, cos_TD, sin_TD, weights, keys_PSKD, values_PSKD, sequences)

@@ -1,6 +1,9 @@
-// x · weightᵀ of bfloat16 in AMX tiles: the weight's rows are tiles as they lie, only the few rows of x are rearranged.
+// x · weightᵀ of bfloat16 in AMX tiles: x's rows are tiles as they lie, the weight is packed into tiles beforehand.
 //
-// A tile of the result is 16 outputs by 16 tokens. Without AMX `siirl_has_tiles` says so and nothing else is called.
+// A panel is 32 outputs: for every 32 numbers two tiles of 16 outputs, one stream of memory. Without AMX
+// `siirl_has_tiles` says so and nothing else is called.
+#include "functions.h"
+
 #include <algorithm>
 #include <vector>
 
@@ -18,7 +21,10 @@ namespace {
 #ifdef SIIRL_TILES
 
 constexpr int64_t SIDE = 16, DEPTH = 32;  // outputs and tokens of a tile; numbers of a row in one
-constexpr int64_t PACKED = SIDE * DEPTH;
+constexpr int64_t TILE = SIDE * DEPTH, PANEL = 2 * SIDE;
+constexpr int64_t TOKENS = 64;                          // whose numbers stay in the second-level cache
+constexpr int64_t AHEAD = 8192;  // bytes between what is read and what comes closer
+constexpr int64_t LINES = 2 * TILE * sizeof(bf16) / 64;  // of memory, in a step of DEPTH numbers
 
 struct Config {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -32,60 +38,71 @@ void configure() {
     _tile_loadconfig(&config);
 }
 
-// x as tiles whose row p holds the numbers 2p and 2p + 1 of each of 16 tokens; missing tokens are zero.
-void pack(const bf16* x, int64_t tokens, int64_t hidden, bf16* packed) {
-    for (int64_t t = 0; t < tokens; t += SIDE)
-        for (int64_t i = 0; i < hidden; i += DEPTH, packed += PACKED) {
-            vec rows[LANES] = {};
-            for (int64_t r = 0; r < std::min(SIDE, tokens - t); r++)
-                std::memcpy(&rows[r], x + (t + r) * hidden + i, sizeof(vec));
-            transpose(rows);
-            std::memcpy(packed, rows, sizeof rows);
-        }
+struct Product {
+    const bf16 *x, *bias, *residual;
+    bf16* out;
+    int64_t tokens, hidden, outputs;
+    const bf16* tail;  // the last tokens, filled up to SIDE, where they are fewer
+};
+
+const bf16* rows(const Product& p, int64_t t) { return p.tail && p.tokens - t < SIDE ? p.tail : p.x + t * p.hidden; }
+
+// 16 tokens by 16 outputs.
+void keep(const Product& p, const float* tile, int64_t t, int64_t o) {
+    int64_t width = p.outputs - o;
+    vec bias = p.bias ? load_upto(p.bias + o, width) : vec{};
+    for (int64_t r = 0; r < std::min(SIDE, p.tokens - t); r++, tile += SIDE) {
+        bf16* out = p.out + (t + r) * p.outputs + o;
+        store_upto(out, load(tile) + bias, width);
+        if (p.residual) store_upto(out, load_upto(out, width) + load_upto(p.residual + (out - p.out), width), width);
+    }
 }
 
-void keep(const float* tile, const bf16* bias, bf16* out, int64_t outputs, int64_t tokens) {
-    vec rows[LANES];
-    std::memcpy(rows, tile, sizeof rows);
-    transpose(rows);
-    for (int64_t t = 0; t < std::min(SIDE, tokens); t++)
-        store(out + t * outputs, bias ? rows[t] + load(bias) : rows[t]);
-}
-
-// 32 outputs by 16 · B tokens.
+// 16 · B tokens by a panel; memory from `ahead` on comes closer, `lines` for every step.
 template <int B>
-void block(const bf16* w, const bf16* packed, const bf16* bias, bf16* out, int64_t tokens, int64_t hidden,
-           int64_t outputs) {
-    const int64_t next = hidden * SIDE;  // packed numbers of 16 tokens
+void block(const Product& p, const bf16* w, int64_t t, int64_t o, const char* ahead, int64_t lines) {
+    const bf16 *first = rows(p, t), *second = B == 2 ? rows(p, t + SIDE) : nullptr;
     _tile_zero(0);
     _tile_zero(1);
     if (B == 2) {
         _tile_zero(2);
         _tile_zero(3);
     }
-    for (int64_t i = 0; i < hidden; i += DEPTH) {
-        _tile_loadd(4, w + i, hidden * 2);
-        _tile_loadd(5, w + SIDE * hidden + i, hidden * 2);
-        _tile_loadd(6, packed + i * SIDE, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 5, 6);
+    for (int64_t i = 0; i < p.hidden; i += DEPTH, w += 2 * TILE) {
+        for (int64_t line = 0; line < lines; line++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+        _tile_loadd(4, w, 64);
+        _tile_loadd(5, w + TILE, 64);
+        _tile_loadd(6, first + i, p.hidden * 2);
+        _tile_dpbf16ps(0, 6, 4);
+        _tile_dpbf16ps(1, 6, 5);
         if (B == 2) {
-            _tile_loadd(7, packed + next + i * SIDE, 64);
-            _tile_dpbf16ps(2, 4, 7);
-            _tile_dpbf16ps(3, 5, 7);
+            _tile_loadd(7, second + i, p.hidden * 2);
+            _tile_dpbf16ps(2, 7, 4);
+            _tile_dpbf16ps(3, 7, 5);
         }
     }
     alignas(64) float found[4][SIDE * SIDE];
     _tile_stored(0, found[0], 64);
     _tile_stored(1, found[1], 64);
-    keep(found[0], bias, out, outputs, tokens);
-    keep(found[1], bias ? bias + SIDE : nullptr, out + SIDE, outputs, tokens);
     if (B == 2) {
         _tile_stored(2, found[2], 64);
         _tile_stored(3, found[3], 64);
-        keep(found[2], bias, out + SIDE * outputs, outputs, tokens - SIDE);
-        keep(found[3], bias ? bias + SIDE : nullptr, out + SIDE * outputs + SIDE, outputs, tokens - SIDE);
     }
+    for (int b = 0; b < B; b++) {
+        keep(p, found[2 * b], t + b * SIDE, o);
+        if (o + SIDE < p.outputs) keep(p, found[2 * b + 1], t + b * SIDE, o + SIDE);
+    }
+}
+
+// Tokens `begin` … `end`, outputs `o` … `o + PANEL`.
+void panel(const Product& p, const bf16* packed, int64_t begin, int64_t end, int64_t o) {
+    int64_t blocks = (end - begin + 2 * SIDE - 1) / (2 * SIDE), lines = (LINES + blocks - 1) / blocks;
+    const char* ahead = (const char*)packed + AHEAD;
+    for (int64_t t = begin; t < end; t += 2 * SIDE, ahead += lines * 64 * (p.hidden / DEPTH))
+        if (end - t > SIDE)
+            block<2>(p, packed, t, o, ahead, lines);
+        else
+            block<1>(p, packed, t, o, ahead, lines);
 }
 
 #endif
@@ -106,27 +123,40 @@ int siirl_has_tiles() {
 #endif
 }
 
-// hidden and outputs are multiples of 32.
-void siirl_tiles_linear(const bf16* x, const bf16* w, const bf16* bias, bf16* out, int64_t tokens, int64_t hidden,
-                        int64_t outputs) {
+// A row of a tile holds the numbers 2i and 2i + 1 of each of 16 outputs; outputs that are not there are zero.
+void siirl_tiles_pack(const bf16* w, bf16* packed, int64_t outputs, int64_t hidden) {
 #ifdef SIIRL_TILES
-    static thread_local std::vector<bf16> scratch;
-    scratch.resize((tokens + SIDE - 1) / SIDE * SIDE * hidden);
-    bf16* packed = scratch.data();
-    pack(x, tokens, hidden, packed);
+#pragma omp parallel for schedule(static) if (outputs * hidden > 262144)
+    for (int64_t o = 0; o < outputs; o += PANEL)
+        for (int64_t k = 0; k < hidden; k += DEPTH)
+            for (int64_t side = 0; side < 2; side++) {
+                int64_t first = o + side * SIDE;
+                vec rows[LANES] = {};
+                for (int64_t r = 0; r < std::min(SIDE, outputs - first); r++)
+                    std::memcpy(&rows[r], w + (first + r) * hidden + k, sizeof(vec));
+                transpose(rows);
+                std::memcpy(packed + o * hidden + (k / DEPTH * 2 + side) * TILE, rows, sizeof rows);
+            }
+#endif
+}
+
+void siirl_tiles_linear(const bf16* x, const bf16* packed, const bf16* bias, const bf16* residual, bf16* out,
+                        int64_t tokens, int64_t hidden, int64_t outputs) {
+#ifdef SIIRL_TILES
+    static thread_local std::vector<bf16> tail;
+    Product p{x, bias, residual, out, tokens, hidden, outputs, nullptr};
+    if (int64_t count = tokens % SIDE) {
+        tail.assign(SIDE * hidden, bf16{0});
+        std::copy(x + (tokens - count) * hidden, x + tokens * hidden, tail.data());
+        p.tail = tail.data();
+    }
 #pragma omp parallel if (tokens * hidden * outputs > 262144)
     {
         configure();
+        for (int64_t begin = 0; begin < tokens; begin += TOKENS)
 #pragma omp for schedule(static)
-        for (int64_t o = 0; o < outputs; o += 2 * SIDE)
-            for (int64_t t = 0; t < tokens; t += 2 * SIDE) {
-                const bf16* bias_o = bias ? bias + o : nullptr;
-                bf16* into = out + t * outputs + o;
-                if (tokens - t > SIDE)
-                    block<2>(w + o * hidden, packed + t * hidden, bias_o, into, tokens - t, hidden, outputs);
-                else
-                    block<1>(w + o * hidden, packed + t * hidden, bias_o, into, tokens - t, hidden, outputs);
-            }
+            for (int64_t o = 0; o < outputs; o += PANEL)
+                panel(p, packed + o * hidden, begin, std::min(tokens, begin + TOKENS), o);
         _tile_release();
     }
 #endif

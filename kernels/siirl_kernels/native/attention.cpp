@@ -1,8 +1,10 @@
 // Attention of a sequence's queries to keys and values that lie anywhere: in a paged cache or among packed tokens.
 //
-// The query heads that share a key head are rows of one problem, sixteen rows at a time, so that each key and value is
-// read once for all of them. Scores of all keys first, then the softmax, then the values in the order of the keys: a
-// row's additions do not depend on the rows beside it nor on how the sequence was cut into calls.
+// The query heads that share a key head are rows of one problem, so that each key and value is read once for all of
+// them. Scores of all keys first, then the softmax, then the values in the order of the keys: a row's additions do not
+// depend on the rows beside it nor on how the sequence was cut into calls.
+#include "functions.h"
+
 #include <algorithm>
 #include <type_traits>
 #include <vector>
@@ -12,7 +14,7 @@
 namespace siirl {
 namespace {
 
-constexpr int ROWS = 16, KEYS = 32;
+constexpr int64_t ROWS = 16, KEYS = 16;  // rows of a key head together, unless one token has more; keys together
 
 struct Shape {
     int64_t heads, key_heads, size;
@@ -20,52 +22,68 @@ struct Shape {
 };
 
 struct Scratch {
-    std::vector<float> q, scores, keys, values, out;
-    std::vector<const float*> at;
+    std::vector<float> q, scores, copies, out;
+    std::vector<int64_t> sees;
 };
 
-// Rows of `size` numbers at `base + offset * stride`, as float32 of the padded size: in place if they are that already.
+// Rows of keys or values, at most KEYS, and rows as many behind them that come closer while these are read.
 template <class E>
-void gather(const E* base, const int64_t* offsets, int64_t stride, int64_t count, const Shape& shape,
-            std::vector<float>& copies, const float** at) {
-    int64_t padded = shape.padded();
-    if constexpr (std::is_same_v<E, float>)
-        if (padded == shape.size) {
-            for (int64_t j = 0; j < count; j++) at[j] = base + offsets[j] * stride;
-            return;
+struct Rows {
+    const E *at[KEYS], *ahead[KEYS];
+    int64_t count;
+};
+
+template <class E>
+inline void foresee(const E* ahead, int64_t i) {
+    if (i * int64_t(sizeof(E)) % 64 == 0) __builtin_prefetch(ahead + i);
+}
+
+// scores[r][j] = q[r] · key j for R rows, C keys at a time.
+template <int R, int C, class E>
+void score(const float* q, int64_t padded, const Rows<E>& keys, float* scores, int64_t width) {
+    static_assert(R * C <= LANES, "one vector of results");
+    for (int64_t j = 0; j < keys.count; j += C) {
+        const E *at[C], *ahead[C];
+        for (int c = 0; c < C; c++) {
+            int64_t key = std::min(j + c, keys.count - 1);
+            at[c] = keys.at[key], ahead[c] = keys.ahead[key];
         }
-    if (copies.size() < size_t(KEYS * padded)) copies.resize(KEYS * padded);
-    for (int64_t j = 0; j < count; j++) {
-        const E* from = base + offsets[j] * stride;
-        float* to = copies.data() + j * padded;
-        for (int64_t i = 0; i < shape.size; i += LANES) store(to + i, load_upto(from + i, shape.size - i));
-        at[j] = to;
+        vec acc[LANES] = {};
+        for (int64_t i = 0; i < padded; i += LANES) {
+            vec a[R];
+            for (int r = 0; r < R; r++) a[r] = load(q + r * padded + i);
+            for (int c = 0; c < C; c++) {
+                foresee(ahead[c], i);
+                vec b = load(at[c] + i);
+                for (int r = 0; r < R; r++) acc[r * C + c] += a[r] * b;
+            }
+        }
+        vec found = sums(acc);
+        for (int r = 0; r < R; r++)  // what is behind the last key no row sees
+            std::memcpy(scores + r * width + j, (const char*)&found + r * C * sizeof(float), C * sizeof(float));
     }
 }
 
-template <int R, int C>
-void score(const float* q, int64_t padded, const float* const* keys, int64_t count, float* scores, int64_t width) {
-    const float *rows[R], *columns[C];
-    for (int r = 0; r < R; r++) rows[r] = q + r * padded;
-    for (int64_t j = 0; j < count; j += C) {
-        int64_t n = std::min<int64_t>(C, count - j);
-        for (int c = 0; c < C; c++) columns[c] = keys[j + std::min<int64_t>(c, n - 1)];
-        float found[LANES];
-        store(found, dots<R, C>(rows, columns, padded));
-        for (int r = 0; r < R; r++) std::copy(found + r * C, found + r * C + n, scores + r * width + j);
-    }
+template <class E>
+void score_all(const float* q, int64_t padded, const Rows<E>& keys, float* scores, int64_t width, int64_t rows) {
+    for (; rows >= 4; rows -= 4, q += 4 * padded, scores += 4 * width) score<4, 4>(q, padded, keys, scores, width);
+    if (rows == 3) score<3, 4>(q, padded, keys, scores, width);
+    if (rows == 2) score<2, 8>(q, padded, keys, scores, width);
+    if (rows == 1) score<1, 16>(q, padded, keys, scores, width);
 }
 
 // out[r] += sum over keys of weight · value, in the order of the keys, for NV vectors of the head.
-template <int R, int NV>
-void mix(const float* weights, int64_t width, const float* const* values, int64_t count, float* out, int64_t padded,
-         int64_t first) {
+template <int R, int NV, class E>
+void mix(const float* weights, int64_t width, const Rows<E>& values, float* out, int64_t padded, int64_t first) {
     vec acc[R][NV];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < NV; v++) acc[r][v] = load(out + r * padded + first + v * LANES);
-    for (int64_t j = 0; j < count; j++) {
+    for (int64_t j = 0; j < values.count; j++) {
         vec value[NV];
-        for (int v = 0; v < NV; v++) value[v] = load(values[j] + first + v * LANES);
+        for (int v = 0; v < NV; v++) {
+            foresee(values.ahead[j], first + v * LANES);
+            value[v] = load(values.at[j] + first + v * LANES);
+        }
         for (int r = 0; r < R; r++)
             for (int v = 0; v < NV; v++) acc[r][v] += splat(weights[r * width + j]) * value[v];
     }
@@ -73,15 +91,21 @@ void mix(const float* weights, int64_t width, const float* const* values, int64_
         for (int v = 0; v < NV; v++) store(out + r * padded + first + v * LANES, acc[r][v]);
 }
 
-template <int R>
-void mix_all(const float* weights, int64_t width, const float* const* values, int64_t count, float* out,
-             int64_t padded) {
+template <int R, class E>
+void mix_some(const float* weights, int64_t width, const Rows<E>& values, float* out, int64_t padded) {
     int64_t first = 0;
-    for (; first + 4 * LANES <= padded; first += 4 * LANES)
-        mix<R, 4>(weights, width, values, count, out, padded, first);
-    for (; first + 2 * LANES <= padded; first += 2 * LANES)
-        mix<R, 2>(weights, width, values, count, out, padded, first);
-    for (; first < padded; first += LANES) mix<R, 1>(weights, width, values, count, out, padded, first);
+    for (; first + 4 * LANES <= padded; first += 4 * LANES) mix<R, 4>(weights, width, values, out, padded, first);
+    for (; first + 2 * LANES <= padded; first += 2 * LANES) mix<R, 2>(weights, width, values, out, padded, first);
+    for (; first < padded; first += LANES) mix<R, 1>(weights, width, values, out, padded, first);
+}
+
+template <class E>
+void mix_all(const float* weights, int64_t width, const Rows<E>& values, float* out, int64_t padded, int64_t rows) {
+    for (; rows >= 4; rows -= 4, weights += 4 * width, out += 4 * padded)
+        mix_some<4>(weights, width, values, out, padded);
+    if (rows == 3) mix_some<3>(weights, width, values, out, padded);
+    if (rows == 2) mix_some<2>(weights, width, values, out, padded);
+    if (rows == 1) mix_some<1>(weights, width, values, out, padded);
 }
 
 // Weights of the keys a row sees, 0 behind them up to `width`.
@@ -100,51 +124,63 @@ void softmax(float* row, int64_t sees, int64_t width) {
     std::fill(row + end, row + std::max(end, width), 0.0f);
 }
 
-// Rows lie apart by the other heads, a step that hardware does not foresee.
+// Keys or values of a sequence: row j of every key head, beginning at `base + offsets[j] * stride`.
 template <class E>
-void foresee(const E* base, const int64_t* offsets, int64_t stride, int64_t count, int64_t size) {
-    for (int64_t j = 0; j < count; j++) {
-        const char* from = (const char*)(base + offsets[j] * stride);
-        for (int64_t i = 0; i < size * int64_t(sizeof(E)); i += 64) __builtin_prefetch(from + i);
+struct Cached {
+    const E* base;
+    const int64_t* offsets;
+    int64_t stride, count;
+    const E* row(int64_t j) const { return base + offsets[j] * stride; }
+};
+
+// Visits rows of `cached`, at most KEYS at a time, head by head: visit(head, first row, rows). While the last ones are
+// read the first ones of `then` come closer.
+template <class E, class F>
+void each(const Cached<E>& cached, const Cached<E>& then, const Shape& shape, std::vector<float>& copies, F&& visit) {
+    bool whole = shape.padded() == shape.size;
+    Rows<E> rows;
+    Rows<float> padded;
+    for (int64_t j = 0; j < cached.count; j += KEYS) {
+        padded.count = rows.count = std::min(KEYS, cached.count - j);
+        for (int64_t i = 0; i < rows.count; i++) {
+            int64_t next = j + i + KEYS;
+            rows.at[i] = cached.row(j + i);
+            rows.ahead[i] = next < cached.count ? cached.row(next) : then.row(std::min(next - cached.count, then.count - 1));
+        }
+        for (int64_t h = 0; h < shape.key_heads; h++) {
+            if (whole) {
+                visit(h, j, rows);
+            } else {  // as float32, filled up with zeros
+                copies.resize(KEYS * shape.padded());
+                for (int64_t i = 0; i < rows.count; i++) {
+                    float* copy = copies.data() + i * shape.padded();
+                    for (int64_t v = 0; v < shape.size; v += LANES)
+                        store(copy + v, load_upto(rows.at[i] + v, shape.size - v));
+                    padded.at[i] = padded.ahead[i] = copy;
+                }
+                visit(h, j, padded);
+            }
+            for (int64_t i = 0; i < rows.count; i++) rows.at[i] += shape.size, rows.ahead[i] += shape.size;
+        }
     }
 }
 
-// One problem: `rows` rows of q (padded float32, scaled); row r sees the first sees[r] keys.
+// `rows` rows of q for each key head (padded float32, scaled); row r sees the first sees[r] keys. Keys, then values,
+// are read once; then come the keys of the sequence behind this one.
 template <class E>
-void attend(const float* q, int64_t rows, const int64_t* sees, const E* keys, const E* values, const int64_t* offsets,
-            const Shape& shape, Scratch& s, float* out) {
-    int64_t padded = shape.padded(), stride = shape.key_heads * shape.size;
-    int64_t longest = *std::max_element(sees, sees + rows), width = (longest + LANES - 1) / LANES * LANES;
-    if (s.scores.size() < size_t(ROWS * width)) s.scores.resize(ROWS * width);
-    s.at.resize(KEYS);
+void attend(const float* q, int64_t rows, const int64_t* sees, const Cached<E>& keys, const Cached<E>& values,
+            const Cached<E>& then, const Shape& shape, Scratch& s, float* out) {
+    int64_t padded = shape.padded(), width = (keys.count + LANES - 1) / LANES * LANES;
+    if (s.scores.size() < size_t(shape.key_heads * rows * width)) s.scores.resize(shape.key_heads * rows * width);
     float* scores = s.scores.data();
-    for (int64_t j = 0; j < longest; j += KEYS) {
-        int64_t count = std::min<int64_t>(KEYS, longest - j), r = 0;
-        int64_t next = std::min<int64_t>(KEYS, longest - j - count);
-        foresee(keys, offsets + j + count, stride, next, shape.size);
-        if (next == 0) foresee(values, offsets, stride, std::min<int64_t>(KEYS, longest), shape.size);
-        gather(keys, offsets + j, stride, count, shape, s.keys, s.at.data());
-        for (; r + 4 <= rows; r += 4)
-            score<4, 4>(q + r * padded, padded, s.at.data(), count, scores + r * width + j, width);
-        const float* rest = q + r * padded;
-        float* into = scores + r * width + j;
-        if (rows - r == 3) score<3, 4>(rest, padded, s.at.data(), count, into, width);
-        if (rows - r == 2) score<2, 8>(rest, padded, s.at.data(), count, into, width);
-        if (rows - r == 1) score<1, 16>(rest, padded, s.at.data(), count, into, width);
-    }
-    for (int64_t r = 0; r < rows; r++) softmax(scores + r * width, sees[r], width);
-    std::fill(out, out + rows * padded, 0.0f);
-    for (int64_t j = 0; j < longest; j += KEYS) {
-        int64_t count = std::min<int64_t>(KEYS, longest - j), r = 0;
-        foresee(values, offsets + j + count, stride, std::min<int64_t>(KEYS, longest - j - count), shape.size);
-        gather(values, offsets + j, stride, count, shape, s.values, s.at.data());
-        for (; r + 4 <= rows; r += 4)
-            mix_all<4>(scores + r * width + j, width, s.at.data(), count, out + r * padded, padded);
-        const float* weights = scores + r * width + j;
-        if (rows - r == 3) mix_all<3>(weights, width, s.at.data(), count, out + r * padded, padded);
-        if (rows - r == 2) mix_all<2>(weights, width, s.at.data(), count, out + r * padded, padded);
-        if (rows - r == 1) mix_all<1>(weights, width, s.at.data(), count, out + r * padded, padded);
-    }
+    each(keys, values, shape, s.copies, [&](int64_t h, int64_t j, const auto& some) {
+        score_all(q + h * rows * padded, padded, some, scores + h * rows * width + j, width, rows);
+    });
+    for (int64_t r = 0; r < shape.key_heads * rows; r++) softmax(scores + r * width, sees[r % rows], width);
+    std::fill(out, out + shape.key_heads * rows * padded, 0.0f);
+    each(values, then, shape, s.copies, [&](int64_t h, int64_t j, const auto& some) {
+        mix_all(scores + h * rows * width + j, width, some, out + h * rows * padded, padded, rows);
+    });
 }
 
 // What the sequences of a call are: where their queries begin, how many keys each has, where those lie.
@@ -154,41 +190,55 @@ struct Sequences {
     int64_t count(int64_t b) const { return queries[b + 1] - queries[b]; }
 };
 
+// Some queries of a sequence, all heads.
 struct Work {
-    int64_t sequence, key_head, row;
+    int64_t sequence, token, tokens;
 };
 
 template <class E>
 void run(const E* q, const E* keys, const E* values, const Sequences& sequences, const Shape& shape, E* out) {
     int64_t group = shape.heads / shape.key_heads, padded = shape.padded();
+    int64_t together = std::max<int64_t>(1, ROWS / group), most = together * group;
     float scale = 1.0f / std::sqrt(float(shape.size));
-    std::vector<Work> work;
+    static thread_local std::vector<Work> work;
+    work.clear();
     for (int64_t b = 0; b + 1 < int64_t(sequences.queries.size()); b++)
-        for (int64_t k = 0; k < shape.key_heads; k++)
-            for (int64_t row = 0; row < sequences.count(b) * group; row += ROWS) work.push_back({b, k, row});
-#pragma omp parallel if (work.size() > 1)
+        for (int64_t token = 0; token < sequences.count(b); token += together)
+            work.push_back({b, token, std::min(together, sequences.count(b) - token)});
+    const std::vector<Work>& all = work;  // this thread's, for every thread
+#pragma omp parallel if (all.size() > 1)
     {
         static thread_local Scratch s;
-        s.q.resize(ROWS * padded);
-        s.out.resize(ROWS * padded);
+        s.q.resize(shape.key_heads * most * padded);
+        s.out.resize(shape.key_heads * most * padded);
+        s.sees.resize(most);
 #pragma omp for schedule(dynamic)
-        for (int64_t w = 0; w < int64_t(work.size()); w++) {
-            auto [b, k, first] = work[w];
-            int64_t count = sequences.count(b), rows = std::min<int64_t>(ROWS, count * group - first);
-            int64_t sees[ROWS], at[ROWS];
-            for (int64_t r = 0; r < rows; r++) {
-                int64_t token = (first + r) / group, head = k * group + (first + r) % group;
-                at[r] = ((sequences.queries[b] + token) * shape.heads + head) * shape.size;
-                sees[r] = sequences.lengths[b] - count + token + 1;
+        for (int64_t w = 0; w < int64_t(all.size()); w++) {
+            auto [b, first, tokens] = all[w];
+            int64_t rows = tokens * group;
+            int64_t before = sequences.lengths[b] - sequences.count(b) + first;
+            for (int64_t r = 0; r < rows; r++) s.sees[r] = before + r / group + 1;
+            // head h of token t is row t · group + h % group of key head h / group
+            auto heads = [&](auto&& visit) {
+                for (int64_t t = 0; t < tokens; t++)
+                    for (int64_t h = 0; h < shape.heads; h++)
+                        visit(((sequences.queries[b] + first + t) * shape.heads + h) * shape.size,
+                              (h / group * rows + t * group + h % group) * padded);
+            };
+            heads([&](int64_t from, int64_t to) {
                 for (int64_t i = 0; i < shape.size; i += LANES)
-                    store(s.q.data() + r * padded + i, load_upto(q + at[r] + i, shape.size - i) * scale);
-            }
+                    store(s.q.data() + to + i, load_upto(q + from + i, shape.size - i) * scale);
+            });
+            int64_t stride = shape.key_heads * shape.size, longest = s.sees[rows - 1];
             const int64_t* offsets = sequences.offsets.data() + sequences.first[b];
-            attend(s.q.data(), rows, sees, keys + k * shape.size, values + k * shape.size, offsets, shape, s,
-                   s.out.data());
-            for (int64_t r = 0; r < rows; r++)
+            int64_t behind = int64_t(sequences.offsets.size()) - sequences.first[b] - sequences.lengths[b];
+            Cached<E> own_keys{keys, offsets, stride, longest}, own_values{values, offsets, stride, longest};
+            Cached<E> then{keys, behind ? offsets + sequences.lengths[b] : offsets, stride, behind ? behind : longest};
+            attend(s.q.data(), rows, s.sees.data(), own_keys, own_values, then, shape, s, s.out.data());
+            heads([&](int64_t to, int64_t from) {
                 for (int64_t i = 0; i < shape.size; i += LANES)
-                    store_upto(out + at[r] + i, load(s.out.data() + r * padded + i), shape.size - i);
+                    store_upto(out + to + i, load(s.out.data() + from + i), shape.size - i);
+            });
         }
     }
 }
@@ -209,8 +259,10 @@ void paged(const E* q, const E* k, const E* v, E* keys, E* values, const int32_t
     sequences.offsets.clear();
     for (int64_t b = 0; b < batch; b++) {
         sequences.first.push_back(sequences.offsets.size());
-        for (int64_t p = 0; p < lengths[b]; p++)
-            sequences.offsets.push_back(tables[b * blocks + p / block_size] * block_size + p % block_size);
+        for (int64_t p = 0; p < lengths[b]; p += block_size) {
+            int64_t first = tables[b * blocks + p / block_size] * block_size;
+            for (int64_t i = 0; i < std::min(block_size, lengths[b] - p); i++) sequences.offsets.push_back(first + i);
+        }
     }
     run(q, keys, values, sequences, shape, out);
 }

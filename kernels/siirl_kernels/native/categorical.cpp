@@ -95,6 +95,22 @@ void categorical(const E* logits, const float* uniform, int64_t rows, int64_t wo
     }
 }
 
+// Entropies only where they are asked for.
+template <class E>
+void log_prob(const E* logits, const int64_t* targets, int64_t rows, int64_t words, float temperature,
+              float* log_probs, float* entropies) {
+#pragma omp parallel for schedule(static) if (rows * words > 16384)
+    for (int64_t r = 0; r < rows; r++) {
+        Row<E> row(logits + r * words, words, temperature);
+        if (entropies)
+            row.template add_up<true>(nullptr);
+        else
+            row.template add_up<false>(nullptr);
+        log_probs[r] = row.log_prob(targets[r]);
+        if (entropies) entropies[r] = row.entropy();
+    }
+}
+
 }  // namespace
 }  // namespace siirl
 
@@ -110,14 +126,11 @@ void siirl_categorical(int half, const void* logits, const float* uniform, int64
         categorical((const float*)logits, uniform, rows, words, temperature, tokens, log_probs);
 }
 
-void siirl_log_prob(const float* logits, const int64_t* targets, int64_t rows, int64_t words, float temperature,
-                    float* log_probs, float* entropies) {
-#pragma omp parallel for schedule(static) if (rows * words > 16384)
-    for (int64_t r = 0; r < rows; r++) {
-        Row<float> row(logits + r * words, words, temperature);
-        row.add_up<true>(nullptr);
-        log_probs[r] = row.log_prob(targets[r]);
-        entropies[r] = row.entropy();
-    }
+void siirl_log_prob(int half, const void* logits, const int64_t* targets, int64_t rows, int64_t words,
+                    float temperature, float* log_probs, float* entropies) {
+    if (half)
+        log_prob((const bf16*)logits, targets, rows, words, temperature, log_probs, entropies);
+    else
+        log_prob((const float*)logits, targets, rows, words, temperature, log_probs, entropies);
 }
 }

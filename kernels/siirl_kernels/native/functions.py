@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+import mmap
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,16 +17,20 @@ from torch import Tensor
 from siirl_kernels.native.build import library
 from siirl_kernels.packing import PackedSequences
 from siirl_kernels.paging import PagedSequences
+from siirl_kernels.weights import LayerWeights, LinearWeights
 
 _HALF, _POINTER, _SIZE, _FLOAT = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_PAGE = 2**21  # bytes of a large page
 _SIGNATURES = {
     "siirl_linear": [_POINTER] * 4 + [_SIZE] * 3,
-    "siirl_tiles_linear": [_POINTER] * 4 + [_SIZE] * 3,
+    "siirl_pack": [_HALF] + [_POINTER] * 2 + [_SIZE] * 2,
+    "siirl_packed_linear": [_HALF] + [_POINTER] * 5 + [_SIZE] * 3,
+    "siirl_layer": [_HALF] + [_POINTER] * 8,
     "siirl_rms_norm": [_HALF] + [_POINTER] * 3 + [_SIZE] * 2 + [_FLOAT],
     "siirl_rope": [_HALF] + [_POINTER] * 4 + [_SIZE] * 3,
     "siirl_swiglu": [_HALF] + [_POINTER] * 3 + [_SIZE],
     "siirl_categorical": [_HALF, _POINTER, _POINTER, _SIZE, _SIZE, _FLOAT, _POINTER, _POINTER],
-    "siirl_log_prob": [_POINTER] * 2 + [_SIZE] * 2 + [_FLOAT] + [_POINTER] * 2,
+    "siirl_log_prob": [_HALF] + [_POINTER] * 2 + [_SIZE] * 2 + [_FLOAT] + [_POINTER] * 2,
     "siirl_paged_attention": [_HALF] + [_POINTER] * 9 + [_SIZE] * 6 + [_POINTER],
     "siirl_packed_attention": [_POINTER] * 6 + [_SIZE] * 4 + [_POINTER],
 }
@@ -53,11 +58,111 @@ def _half(x: Tensor) -> int:
 
 
 def linear(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> Tensor:
-    """float32 by dot products of one fixed order, bfloat16 in tiles."""
-    tokens, outputs = x_TH.shape[0], weight_OH.shape[0]
-    out = x_TH.new_empty(tokens, outputs)
+    """float32, each result one chain of additions."""
+    outputs = len(weight_OH)
+    out = x_TH.new_empty(len(x_TH), outputs)
     pointers = (x_TH.data_ptr(), weight_OH.data_ptr(), _at(bias), out.data_ptr())
-    _function("siirl_tiles_linear" if _half(x_TH) else "siirl_linear")(*pointers, tokens, x_TH.shape[1], outputs)
+    _function("siirl_linear")(*pointers, len(x_TH), x_TH.shape[1], outputs)
+    return out
+
+
+def _packed(all_weights: Sequence[LinearWeights]) -> list[Tensor]:
+    """Each weight in the library's form, beside each other in memory."""
+    first = all_weights[0].weight
+    side = 32 if _half(first) else 16
+    sizes = [-(-len(w.weight) // side) * side * w.weight.shape[1] for w in all_weights]
+    forms = list(_room(sum(sizes), first).split(sizes))
+    for weights, form in zip(all_weights, forms, strict=True):
+        weight = weights.weight.contiguous()
+        _function("siirl_pack")(_half(weight), weight.data_ptr(), form.data_ptr(), *weight.shape)
+    return forms
+
+
+def _room(count: int, like: Tensor) -> Tensor:
+    """Zeros; in large pages, from which a stream is read a quarter faster, if they fill one."""
+    size = count * like.itemsize
+    if size < _PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return like.new_zeros(count)
+    memory = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    room = torch.frombuffer(memory, dtype=like.dtype)
+    return room[-room.data_ptr() % _PAGE // like.itemsize :][:count]
+
+
+def _bias(weights: LinearWeights) -> Tensor | None:
+    return None if weights.bias is None else weights.bias.contiguous()
+
+
+def inference_linear(x_TH: Tensor, weights: LinearWeights) -> Tensor:
+    """In float32 the same bits as :func:`linear`; bfloat16 in tiles."""
+    form, bias = weights.form("native", lambda: (_packed([weights])[0], _bias(weights)))
+    outputs = len(weights.weight)
+    out = x_TH.new_empty(len(x_TH), outputs)
+    pointers = (x_TH.data_ptr(), form.data_ptr(), _at(bias), None, out.data_ptr())
+    _function("siirl_packed_linear")(_half(x_TH), *pointers, len(x_TH), x_TH.shape[1], outputs)
+    return out
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [(name, _POINTER) for name in ("packed", "bias")]
+
+
+_NORMS = ("input_norm", "post_norm", "q_norm", "k_norm")
+_LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+_SIZES = ("hidden", "heads", "key_heads", "size", "intermediate")
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in _NORMS),
+        *((name, _Linear) for name in _LINEARS),
+        *((name, _SIZE) for name in _SIZES),
+        ("eps", _FLOAT),
+    ]
+
+
+class _Paged(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("tables", "lengths", "starts", "slots")),
+        *((name, _SIZE) for name in ("batch", "blocks", "block_size")),
+    ]
+
+
+def inference_layer(
+    x_TH: Tensor,
+    cos_TD: Tensor,
+    sin_TD: Tensor,
+    weights: LayerWeights,
+    keys_PSKD: Tensor,
+    values_PSKD: Tensor,
+    sequences: PagedSequences,
+) -> Tensor:
+    size = cos_TD.shape[1]
+
+    def make() -> tuple[_Layer, list[Tensor | None]]:
+        norms = [getattr(weights, name) for name in _NORMS]
+        linears = [getattr(weights, name) for name in _LINEARS]
+        forms, biases = _packed(linears), [_bias(linear) for linear in linears]
+        heads, key_heads = (len(w.weight) // size for w in (weights.q, weights.k))
+        layer = _Layer(
+            *map(_at, norms),
+            *(_Linear(_at(form), _at(bias)) for form, bias in zip(forms, biases, strict=True)),
+            *(x_TH.shape[1], heads, key_heads, size, len(weights.gate.weight)),
+            weights.eps,
+        )
+        return layer, [*forms, *biases]  # what it points to lives as long
+
+    layer, _ = weights.form("native", make)
+    out = torch.empty_like(x_TH)
+    indices = (sequences.tables, sequences.lengths, sequences.starts, sequences.slots)
+    paged = _Paged(*(x.data_ptr() for x in indices), *sequences.tables.shape, keys_PSKD.shape[1])
+    _function("siirl_layer")(
+        _half(x_TH),
+        ctypes.addressof(layer),
+        *(x.data_ptr() for x in (x_TH, cos_TD, sin_TD, keys_PSKD, values_PSKD)),
+        ctypes.addressof(paged),
+        out.data_ptr(),
+    )
     return out
 
 
@@ -98,24 +203,27 @@ def categorical(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tup
     return tokens, log_probs
 
 
-def log_prob_of(logits_TV: Tensor, target_T: Tensor, temperature: float, log_prob_T: Tensor, entropy_T: Tensor) -> None:
+def log_prob_of(
+    logits_TV: Tensor, target_T: Tensor, temperature: float, log_prob_T: Tensor, entropy_T: Tensor | None
+) -> None:
     """Fills in each target's log-prob, of the same bits as :func:`categorical`'s, and each row's entropy."""
     rows, words = logits_TV.shape
     _function("siirl_log_prob")(
+        _half(logits_TV),
         logits_TV.data_ptr(),
         target_T.data_ptr(),
         rows,
         words,
         temperature,
         log_prob_T.data_ptr(),
-        entropy_T.data_ptr(),
+        _at(entropy_T),
     )
 
 
 def token_log_prob(logits_BV: Tensor, tokens_B: Tensor, temperature: float) -> Tensor:
     """float32, of the same bits as :func:`categorical`'s; temperature 0 counts as 1."""
     log_prob = torch.empty(len(logits_BV), dtype=torch.float32)
-    log_prob_of(logits_BV, tokens_B, temperature or 1.0, log_prob, torch.empty_like(log_prob))
+    log_prob_of(logits_BV, tokens_B, temperature or 1.0, log_prob, None)
     return log_prob
 
 

@@ -1,4 +1,5 @@
 // Norm, rotation and activation of few rows, where a call of several passes costs more than the work.
+#include "functions.h"
 #include "vec.h"
 
 namespace siirl {

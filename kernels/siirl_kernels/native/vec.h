@@ -42,7 +42,13 @@ inline vec load(const bf16* p) {
 
 inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 
-// Rounds to nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even; NaN stays NaN. Numbers below the normal ones may become 0.
+#ifdef __AVX512BF16__
+inline void store(bf16* p, vec v) {
+    __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(p, &half, sizeof half);
+}
+#else
 inline void store(bf16* p, vec v) {
     uvec bits = (uvec)v;
     uvec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -50,6 +56,7 @@ inline void store(bf16* p, vec v) {
     hvec half = __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), hvec);
     std::memcpy(p, &half, sizeof half);
 }
+#endif
 
 inline float widen(float x) { return x; }
 inline float widen(bf16 x) {
@@ -126,20 +133,21 @@ inline void transpose(vec (&a)[LANES]) {
 
 // The same halves as `sums`.
 inline float sum(vec v) {
-    float a[LANES];
-    store(a, v);
-    for (int n = 8; n; n /= 2)
-        for (int i = 0; i < n; i++) a[i] += a[i + n];
-    return a[0];
+    v += SIIRL_HIGH_8(v, v);
+    v += SIIRL_HIGH_4(v, v);
+    v += SIIRL_HIGH_2(v, v);
+    v += SIIRL_HIGH_1(v, v);
+    return v[0];
 }
 
 inline vec larger(vec a, vec b) { return a > b ? a : b; }
 
 inline float largest(vec v) {
-    float a[LANES], m = -INF;
-    store(a, v);
-    for (float x : a) m = x > m ? x : m;
-    return m;
+    v = larger(v, SIIRL_HIGH_8(v, v));
+    v = larger(v, SIIRL_HIGH_4(v, v));
+    v = larger(v, SIIRL_HIGH_2(v, v));
+    v = larger(v, SIIRL_HIGH_1(v, v));
+    return v[0];
 }
 
 // exp by Cody-Waite reduction and the polynomial of Cephes' expf, about 1 ulp; 0 below -86.5, where floats end.
@@ -161,34 +169,6 @@ inline vec exp(vec x) {
     vec scaled = (vec)((ivec)p + (__builtin_convertvector(n, ivec) << 23));
     scaled = x < -86.5f ? vec{} : scaled;
     return x != x ? x : scaled;
-}
-
-// Dot products of R rows with C rows of length n: out[r * C + c].
-//
-// Meanwhile the lines from `ahead` on come closer, one for every step of 16; null: none.
-template <int R, int C>
-inline vec dots(const float* const* x, const float* const* w, int64_t n, const float* ahead = nullptr) {
-    static_assert(R * C <= LANES, "one vector of results");
-    vec acc[LANES] = {};
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        vec a[R];
-        if (ahead) __builtin_prefetch(ahead + i, 0, 2);
-        for (int r = 0; r < R; r++) a[r] = load(x[r] + i);
-        for (int c = 0; c < C; c++) {
-            vec b = load(w[c] + i);
-            for (int r = 0; r < R; r++) acc[r * C + c] += a[r] * b;
-        }
-    }
-    if (i < n) {
-        vec a[R];
-        for (int r = 0; r < R; r++) a[r] = load_part(x[r] + i, n - i);
-        for (int c = 0; c < C; c++) {
-            vec b = load_part(w[c] + i, n - i);
-            for (int r = 0; r < R; r++) acc[r * C + c] += a[r] * b;
-        }
-    }
-    return sums(acc);
 }
 
 }  // namespace siirl
