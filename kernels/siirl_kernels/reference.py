@@ -140,7 +140,10 @@ def linear(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> Tensor:
 
 @op
 def inference_linear(x_TH: Tensor, weights: LinearWeights) -> Tensor:
-    """As :func:`linear`, without gradients: what generation computes with, where T is small."""
+    """As :func:`linear`, without gradients: what generation computes with, where T is small.
+
+    ``weights.one_result`` allows the result to be overwritten by that of the next call with these weights.
+    """
     return kernels.linear(x_TH, weights.weight, weights.bias)
 
 

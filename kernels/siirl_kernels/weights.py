@@ -39,10 +39,12 @@ class LinearWeights(_Weights):
     Attributes:
         weight: [O, H].
         bias: [O], or None.
+        one_result: results are large and only the latest is needed: it may lie where the one before it lay.
     """
 
     weight: Tensor
     bias: Tensor | None = None
+    one_result: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from siirl.model.decoder import Block, Decoder, Linear, RMSNorm
 from siirl_kernels import kernels
 from siirl_kernels.paging import PagedSequences
 from siirl_kernels.weights import LayerWeights, LinearWeights
+
+Caches = Sequence[tuple[Tensor, Tensor]]
 
 
 class InferenceDecoder:
@@ -19,24 +23,24 @@ class InferenceDecoder:
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self._layers = [_layer_weights(block) for block in decoder.blocks]
-        self._head = LinearWeights(decoder.head_weight)
+        self._head = LinearWeights(decoder.head_weight, one_result=True)
 
-    def __call__(self, tokens_T: Tensor, positions_T: Tensor, cache: Tensor, sequences: PagedSequences) -> Tensor:
-        """Hidden states of the new tokens after the final norm, [T, H]; their keys and values are put into ``cache``.
+    def __call__(self, tokens_T: Tensor, positions_T: Tensor, caches: Caches, sequences: PagedSequences) -> Tensor:
+        """Hidden states of the new tokens after the final norm, [T, H]; their keys and values are put into ``caches``.
 
         Args:
             tokens_T: token ids, int64 [T].
             positions_T: position of each token in its sequence, int64 [T].
-            cache: keys and values by layer, [layers, 2, blocks, slots, key heads, head size].
+            caches: keys and values of each layer, [blocks, slots, key heads, head size].
         """
         x_TH = self._decoder.model.embed_tokens(tokens_T)
         cos_TD, sin_TD = self._decoder.rotary(positions_T, x_TH.dtype)
-        for weights, (keys, values) in zip(self._layers, cache, strict=True):
+        for weights, (keys, values) in zip(self._layers, caches, strict=True):
             x_TH = kernels.inference_layer(x_TH, cos_TD, sin_TD, weights, keys, values, sequences)
         return self._decoder.model.norm(x_TH)
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
-        """Logits [T, V]."""
+        """Logits [T, V], which may last until the next call only."""
         return kernels.inference_linear(hidden_TH, self._head)
 
 

@@ -24,6 +24,7 @@ from siirl.rollout.sampling import Sampling
 from siirl.rollout.scheduler import Scheduler, Work
 from siirl.rollout.sequences import Sequences
 from siirl.rollout.state import State, UncachedState, cache_bytes_per_token, cache_shape
+from siirl_kernels import pages
 
 if TYPE_CHECKING:
     from siirl.model.fallback import AnyDecoder
@@ -173,14 +174,14 @@ class NativeEngine:
             self._graphs.forget()
             size = math.prod(shape) * self.cache.itemsize
             if self.cache.nbytes + size <= self._cache_bytes:
-                grown = self.cache.new_empty(shape)
+                grown = pages.empty(shape, self.cache)
                 grown[:, :, : len(self._pool)] = self.cache[:, :, : len(self._pool)]
                 self.cache = grown
                 self._pool.grow(blocks)
             else:
                 self.cache = None  # freed before more is asked for
         if self.cache is None:
-            self.cache = decoder.head_weight.new_empty(shape)
+            self.cache = pages.empty(shape, decoder.head_weight)
             self._pool = BlockPool(blocks)
         return self.cache
 

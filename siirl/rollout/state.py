@@ -36,7 +36,7 @@ class State(Protocol):
         ...
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
-        """Of hidden states, [T, V]."""
+        """Of hidden states, [T, V]; they may last until the next call only."""
         ...
 
     def copy(self, source: Ints, target: Ints) -> None:
@@ -63,11 +63,12 @@ class PagedState:
     def __init__(self, decoder: Decoder, cache: Tensor) -> None:
         self._decoder, self._cache = decoder, cache
         self._inference = InferenceDecoder(decoder)
+        self._caches = [(keys, values) for keys, values in cache]
 
     def forward(self, sequences: Sequences, work: Work, tables: Tables) -> Tensor:
         device = self._cache.device
         tokens_T, positions_T, paged = arrange(sequences, work, tables, device)
-        return self._inference(tokens_T, positions_T, self._cache, paged)
+        return self._inference(tokens_T, positions_T, self._caches, paged)
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
         return self._inference.logits(hidden_TH)

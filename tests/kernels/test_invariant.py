@@ -151,7 +151,7 @@ def test_a_generated_token_has_the_log_prob_of_training(decoder: Decoder, chunk:
     generation = InferenceDecoder(decoder)
 
     def attend(at: Tensor, paged: PagedSequences) -> None:
-        logits = generation.logits(generation(tokens[at], paged.positions, caches, paged))
+        logits = generation.logits(generation(tokens[at], paged.positions, list(map(tuple, caches)), paged))
         uniform = _draws(logits, targets[at], 0.9)
         drawn, log_probs = kernels.categorical(logits, uniform, 0.9)
         same = drawn == targets[at]

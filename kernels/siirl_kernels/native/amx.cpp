@@ -23,7 +23,7 @@ namespace {
 constexpr int64_t SIDE = 16, DEPTH = 32;  // outputs and tokens of a tile; numbers of a row in one
 constexpr int64_t TILE = SIDE * DEPTH, PANEL = 2 * SIDE;
 constexpr int64_t TOKENS = 64;                          // whose numbers stay in the second-level cache
-constexpr int64_t AHEAD = 8192;  // bytes between what is read and what comes closer
+constexpr int64_t AHEAD = 16384;  // bytes between what is read and what comes closer
 constexpr int64_t LINES = 2 * TILE * sizeof(bf16) / 64;  // of memory, in a step of DEPTH numbers
 
 struct Config {

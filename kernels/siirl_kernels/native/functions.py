@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import mmap
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from siirl_kernels import pages
 from siirl_kernels.native.build import library
 from siirl_kernels.packing import PackedSequences
 from siirl_kernels.paging import PagedSequences
 from siirl_kernels.weights import LayerWeights, LinearWeights
 
 _HALF, _POINTER, _SIZE, _FLOAT = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_PAGE = 2**21  # bytes of a large page
 _SIGNATURES = {
     "siirl_linear": [_POINTER] * 4 + [_SIZE] * 3,
     "siirl_pack": [_HALF] + [_POINTER] * 2 + [_SIZE] * 2,
@@ -71,33 +70,30 @@ def _packed(all_weights: Sequence[LinearWeights]) -> list[Tensor]:
     first = all_weights[0].weight
     side = 32 if _half(first) else 16
     sizes = [-(-len(w.weight) // side) * side * w.weight.shape[1] for w in all_weights]
-    forms = list(_room(sum(sizes), first).split(sizes))
+    forms = list(pages.empty([sum(sizes)], first).split(sizes))
     for weights, form in zip(all_weights, forms, strict=True):
         weight = weights.weight.contiguous()
         _function("siirl_pack")(_half(weight), weight.data_ptr(), form.data_ptr(), *weight.shape)
     return forms
 
 
-def _room(count: int, like: Tensor) -> Tensor:
-    """Zeros; in large pages, from which a stream is read a quarter faster, if they fill one."""
-    size = count * like.itemsize
-    if size < _PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return like.new_zeros(count)
-    memory = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    room = torch.frombuffer(memory, dtype=like.dtype)
-    return room[-room.data_ptr() % _PAGE // like.itemsize :][:count]
-
-
 def _bias(weights: LinearWeights) -> Tensor | None:
     return None if weights.bias is None else weights.bias.contiguous()
+
+
+def _kept(weights: LinearWeights, x_TH: Tensor) -> Tensor:
+    """Where the results of these weights lie: memory that is new costs as much as the product of few rows."""
+    room: list[Tensor] = weights.form("native result", list)
+    if not room or len(room[0]) < len(x_TH):
+        room[:] = [x_TH.new_empty(len(x_TH), len(weights.weight))]
+    return room[0][: len(x_TH)]
 
 
 def inference_linear(x_TH: Tensor, weights: LinearWeights) -> Tensor:
     """In float32 the same bits as :func:`linear`; bfloat16 in tiles."""
     form, bias = weights.form("native", lambda: (_packed([weights])[0], _bias(weights)))
     outputs = len(weights.weight)
-    out = x_TH.new_empty(len(x_TH), outputs)
+    out = _kept(weights, x_TH) if weights.one_result else x_TH.new_empty(len(x_TH), outputs)
     pointers = (x_TH.data_ptr(), form.data_ptr(), _at(bias), None, out.data_ptr())
     _function("siirl_packed_linear")(_half(x_TH), *pointers, len(x_TH), x_TH.shape[1], outputs)
     return out
