@@ -29,7 +29,9 @@ def policy_update(config: AlgorithmConfig) -> Loss:
     Without a column ``old_log_probs`` the samples are of the very policy that is updated: its own log-probs, detached,
     stand in, and the ratio is exactly 1 whatever the split into micro-batches. With a column ``rollout_log_probs`` the
     agreement of rollout and training is measured, and with ``algorithm.old_log_probs: correct`` the policy loss, but
-    neither KL nor entropy, is weighed by it (see :func:`siirl.algorithms.mismatch.correction`).
+    neither KL nor entropy, is weighed by it (see :func:`siirl.algorithms.mismatch.correction`). Where the old log-probs
+    are rollout's, it is measured on the rows that a column ``fresh`` marks, by training's own: the column
+    ``train_log_probs``, or those that are updated.
     """
     policy_loss = get_policy_loss(config.policy_loss)
 
@@ -44,7 +46,12 @@ def policy_update(config: AlgorithmConfig) -> Loss:
         policy_R = weights_R
         if "rollout_log_probs" in rows:
             rollout_R = rows.ragged("rollout_log_probs").values.to(device)
-            _add_agreement(old_R, rollout_R, counted, metrics)
+            train_R, same_R = old_R, counted
+            if "fresh" in rows:
+                given = rows.ragged("train_log_probs").values.to(device) if "train_log_probs" in rows else log_probs_R
+                train_R = given.detach()
+                same_R = counted * rows.dense("fresh").to(device).repeat_interleave(offsets.diff())
+            _add_agreement(train_R, rollout_R, same_R, metrics)
             if config.old_log_probs == "correct":
                 factor_R, bounded_R = correction(old_R, rollout_R, offsets, config)
                 policy_R = weights_R * factor_R

@@ -250,11 +250,21 @@ def _staleness(context: Context, batch: Batch) -> torch.Tensor:
 
 
 def _against_behaviour(context: Context, batch: Batch) -> Batch:
-    """Where samples may be of an older policy, the ratio is to the policy that drew them, as its engine computed it."""
-    older = context.config.rollout.max_staleness or context.config.rollout.partial
-    if not older or "rollout_log_probs" not in batch:
+    """Where samples may be of an older policy, the ratio is to the policy that drew them, as its engine computed it.
+
+    Rollout and training are then compared on ``fresh`` rows alone, by ``train_log_probs`` where a pass computed them,
+    else by the only update's own.
+    """
+    config = context.config
+    if not (config.rollout.max_staleness or config.rollout.partial) or "rollout_log_probs" not in batch:
         return batch
-    return batch.with_columns(old_log_probs=batch["rollout_log_probs"]).drop(["rollout_log_probs"])
+    behaviour = batch.with_columns(old_log_probs=batch["rollout_log_probs"])
+    single_update = config.algorithm.mini_batches * config.algorithm.epochs == 1
+    if "policy_version" not in batch or not ("old_log_probs" in batch or single_update):
+        return behaviour.drop(["rollout_log_probs"])
+    if "old_log_probs" in batch:
+        behaviour = behaviour.with_columns(train_log_probs=batch["old_log_probs"])
+    return behaviour.with_columns(fresh=_staleness(context, batch) == 0)
 
 
 def _measurable(context: Context, batch: Batch) -> Batch:

@@ -61,6 +61,14 @@ def test_what_is_carried_is_older_and_says_so(whole: Path) -> None:
     assert max(line["rollout/staleness_max"] for line in lines) >= 1
 
 
+def test_rows_that_were_not_carried_are_compared_with_training(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    runs.run(recipe, tmp_path / "run", *USUAL, "algorithm.mini_batches=2", "training.steps=3", "--workers", "2")
+    for line in [*runs.metrics(whole), *runs.metrics(tmp_path / "run")]:
+        # carried rows, or log-probs behind an update, would be apart by as much as a step of training makes
+        assert 0 < line["rollout/logprob_diff_max"] < 1e-4
+        assert line["rollout/ratio_mean"] == pytest.approx(1, abs=1e-4)
+
+
 def test_a_killed_run_goes_on_with_what_it_carried(recipe: Path, whole: Path, tmp_path: Path) -> None:
     killed = tmp_path / "killed"
     runs.run(recipe, killed, *USUAL, "training.steps=3", "--workers", "2")
