@@ -148,17 +148,7 @@ def _generates_layer(
     return single and takes_layer(x_TH, cos_TD, sin_TD, weights, keys_PSKD, values_PSKD, sequences)
 
 
-@implementation("inference_layer", PROVIDER, supports=_generates_layer)
-def inference_layer(
-    x_TH: Tensor,
-    cos_TD: Tensor,
-    sin_TD: Tensor,
-    weights: LayerWeights,
-    keys_PSKD: Tensor,
-    values_PSKD: Tensor,
-    sequences: PagedSequences,
-) -> Tensor:
-    return functions.inference_layer(x_TH, cos_TD, sin_TD, weights, keys_PSKD, values_PSKD, sequences)
+implementation("inference_layer", PROVIDER, supports=_generates_layer)(functions.inference_layer)
 
 
 def _attends_packed(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, sequences: PackedSequences) -> bool:

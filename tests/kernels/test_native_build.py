@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import shutil
 import stat
 import subprocess
@@ -12,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from siirl_kernels import bind, obstacle, provider, providers, registry
-from siirl_kernels.native import build
+from siirl_kernels import bind, obstacle, pages, provider, providers, registry
+from siirl_kernels.native import build, functions
+from siirl_kernels.weights import LinearWeights
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
@@ -116,3 +119,34 @@ def test_importing_the_kernels_compiles_nothing(tmp_path: Path) -> None:
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CXX": "absent-c++"}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
     assert not list(tmp_path.iterdir())
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="its flags are those of x86-64")
+def test_a_cpu_without_wide_vectors_computes_the_same(tmp_path: Path) -> None:
+    script, environment = Path(__file__).with_name("older_cpu.py"), os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 40
+
+
+@needs_compiler
+def test_only_weights_that_allow_it_overwrite_their_last_result() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, first, second = (torch.randn(3, 64, generator=generator) for _ in range(3))
+    for one_result in (False, True):
+        weights = LinearWeights(weight, one_result=one_result)
+        before = functions.inference_linear(first, weights)
+        kept = before.clone()
+        torch.testing.assert_close(kept, first @ weight.t())
+        after = functions.inference_linear(second[:2], weights)
+        torch.testing.assert_close(after, second[:2] @ weight.t())
+        assert torch.equal(before, kept) != one_result
+
+
+def test_large_pages_hold_what_was_asked_for() -> None:
+    for shape, dtype in (((3, 5), torch.float32), ((2, 1024, 1025), torch.bfloat16)):
+        room = pages.empty(shape, torch.empty(0, dtype=dtype)).fill_(1.0)
+        assert room.shape == shape and room.dtype == dtype and room.is_contiguous()
+        assert room.float().sum() == room.numel()
+        assert room.numel() * room.itemsize < pages.PAGE or room.data_ptr() % pages.PAGE == 0

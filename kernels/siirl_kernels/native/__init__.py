@@ -131,14 +131,4 @@ def _takes_all(weights: LayerWeights) -> bool:
     return _takes(*(x for x in norms if x is not None)) and all(map(_packs, linears))
 
 
-@implementation("inference_layer", "native", supports=takes_layer)
-def inference_layer(
-    x_TH: Tensor,
-    cos_TD: Tensor,
-    sin_TD: Tensor,
-    weights: LayerWeights,
-    keys_PSKD: Tensor,
-    values_PSKD: Tensor,
-    sequences: PagedSequences,
-) -> Tensor:
-    return functions.inference_layer(x_TH, cos_TD, sin_TD, weights, keys_PSKD, values_PSKD, sequences)
+implementation("inference_layer", "native", supports=takes_layer)(functions.inference_layer)
