@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,55 +15,13 @@ from siirl.device.backend import Backend
 from siirl.device.collectives import Collectives
 from siirl.errors import SiirlError
 from siirl.model.critic import ValueModel
-from siirl.model.decoder import PackedAttention
 from siirl.model.fallback import AnyDecoder
 from siirl.telemetry.accumulator import StepMetrics
 from siirl.training.losses import Loss
 from siirl.training.microbatch import MicroBatch, dummy, input_lengths, mini_batch_index, pack, split
 from siirl.training.optimizer import lr_factor, make_optimizer
-from siirl_kernels import kernels
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
-# gradients are summed over workers in pieces of this many elements
-_BUCKET = 64 * 2**20
-
-
-class LogProbModel(nn.Module):
-    """A decoder whose forward pass ends in log-probs, so that sharding gathers the head's weight where it is used."""
-
-    def __init__(self, decoder: nn.Module) -> None:
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(self, micro: MicroBatch, temperature: float, greedy: bool = False) -> tuple[Tensor, ...]:
-        """Log-probs and entropies of the response tokens, float32 [R] each.
-
-        With ``greedy`` they are of the likeliest tokens instead, whose ids come third, int64 [R].
-        """
-        hidden = self.decoder(micro.tokens_T, micro.sequences.positions, PackedAttention(micro.sequences))
-        hidden, weight = hidden[micro.predict_R], self.decoder.head_weight
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-        if greedy:
-            tokens_R = nn.functional.linear(hidden, cast(Tensor, weight)).argmax(-1)
-            return (*kernels.linear_log_prob(hidden, weight, tokens_R, temperature), tokens_R)
-        return kernels.linear_log_prob(hidden, weight, micro.targets_R, temperature)
-
-
-class CriticModel(nn.Module):
-    """A value model over micro-batches."""
-
-    def __init__(self, decoder: ValueModel) -> None:
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, ...]:
-        """Values at the positions that predict a response token, float32 [R]."""
-        values = self.decoder(micro.tokens_T, micro.sequences.positions, PackedAttention(micro.sequences))
-        return (values.float()[micro.predict_R],)
+from siirl.training.outputs import CriticModel, LogProbModel
+from siirl.training.sharding import shard, sum_gradients, whole
 
 
 class TrainingEngine:
@@ -92,7 +50,7 @@ class TrainingEngine:
         self.module: nn.Module = CriticModel(model) if isinstance(model, ValueModel) else LogProbModel(model)
         self.sharded = training.sharding == "shard" and collectives.size > 1
         if self.sharded:
-            _shard(self.module, self._dtype, _mesh(backend, collectives))
+            shard(self.module, self._dtype, backend, collectives)
 
     def begin(self, config: Config, lr: float | None) -> None:
         """Begin a stage with a new optimiser; ``lr`` is its peak rate, None for a model that is not trained."""
@@ -186,7 +144,7 @@ class TrainingEngine:
             (value * self._collectives.size if self.sharded else value).backward()
             metrics.sum(f"{self.prefix}/loss", value.item() / updates)
         if not self.sharded:
-            self._sum_gradients()
+            sum_gradients(self.module, self._collectives)
         norm = self._clip()
         metrics.mean(f"{self.prefix}/grad_norm", norm, 1)
         if not torch.isfinite(torch.tensor(norm)):
@@ -224,63 +182,12 @@ class TrainingEngine:
         counts = torch.tensor([[int(lengths[r][valid[r]].sum()), int(valid[r].sum())] for r in minis])
         return [tuple(pair) for pair in self._collectives.all_reduce(counts, "sum").tolist()]
 
-    def _sum_gradients(self) -> None:
-        """Sum the gradients over workers; a worker without rows contributes zeros."""
-        if self._collectives.size == 1:
-            return
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        for bucket in _buckets(parameters):
-            grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in bucket]
-            flat = self._collectives.all_reduce(torch.cat([g.reshape(-1) for g in grads]), "sum")
-            for parameter, piece in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                parameter.grad = piece.view_as(parameter)
-
     def _clip(self) -> float:
         limit = self._config.training.max_grad_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
-        return float(_whole(norm))
+        return float(whole(norm))
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The model's parameters by their own names, gathered whole one at a time where they are sharded."""
         for name, parameter in self.model.named_parameters():
-            yield name, self._backend.to_canonical(_whole(parameter))
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or what a sharded one is a part of: a collective then."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor.detach() if gather is None else gather()
-
-
-def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    bucket: list[nn.Parameter] = []
-    for parameter in parameters:
-        bucket.append(parameter)
-        if sum(p.numel() for p in bucket) >= _BUCKET:
-            yield bucket
-            bucket = []
-    if bucket:
-        yield bucket
-
-
-def _mesh(backend: Backend, collectives: Collectives) -> DeviceMesh | None:
-    """Of the workers that train; None for all workers of the run."""
-    if collectives.group is None:
-        return None
-    from torch.distributed.device_mesh import DeviceMesh
-
-    return DeviceMesh.from_group(collectives.group, backend.device().type)
-
-
-def _shard(module: nn.Module, dtype: torch.dtype, mesh: DeviceMesh | None) -> None:
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # a second to import
-
-    policy = (
-        MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        if dtype != torch.float32
-        else MixedPrecisionPolicy()
-    )
-    blocks = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
-    for block in (b for layers in blocks for b in layers):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(module, mesh=mesh, mp_policy=policy)
+            yield name, self._backend.to_canonical(whole(parameter))

@@ -1,0 +1,49 @@
+"""What a training pass ends in: log-probs and entropies of response tokens, or values."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from siirl.model.critic import ValueModel
+from siirl.model.decoder import PackedAttention
+from siirl.training.microbatch import MicroBatch
+from siirl_kernels import kernels
+
+
+class LogProbModel(nn.Module):
+    """A decoder whose forward pass ends in log-probs, so that sharding gathers the head's weight where it is used."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, micro: MicroBatch, temperature: float, greedy: bool = False) -> tuple[Tensor, ...]:
+        """Log-probs and entropies of the response tokens, float32 [R] each.
+
+        With ``greedy`` they are of the likeliest tokens instead, whose ids come third, int64 [R].
+        """
+        hidden = self.decoder(micro.tokens_T, micro.sequences.positions, PackedAttention(micro.sequences))
+        hidden, weight = hidden[micro.predict_R], self.decoder.head_weight
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        if greedy:
+            tokens_R = nn.functional.linear(hidden, cast(Tensor, weight)).argmax(-1)
+            return (*kernels.linear_log_prob(hidden, weight, tokens_R, temperature), tokens_R)
+        return kernels.linear_log_prob(hidden, weight, micro.targets_R, temperature)
+
+
+class CriticModel(nn.Module):
+    """A value model over micro-batches."""
+
+    def __init__(self, decoder: ValueModel) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, ...]:
+        """Values at the positions that predict a response token, float32 [R]."""
+        values = self.decoder(micro.tokens_T, micro.sequences.positions, PackedAttention(micro.sequences))
+        return (values.float()[micro.predict_R],)
