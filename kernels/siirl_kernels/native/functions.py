@@ -28,8 +28,12 @@ _SIGNATURES = {
     "siirl_rms_norm": [_HALF] + [_POINTER] * 3 + [_SIZE] * 2 + [_FLOAT],
     "siirl_rope": [_HALF] + [_POINTER] * 4 + [_SIZE] * 3,
     "siirl_swiglu": [_HALF] + [_POINTER] * 3 + [_SIZE],
+    "siirl_rms_norm_gradient": [_HALF] + [_POINTER] * 5 + [_SIZE] * 2 + [_FLOAT],
+    "siirl_rope_gradient": [_HALF] + [_POINTER] * 4 + [_SIZE] * 3,
+    "siirl_swiglu_gradient": [_HALF] + [_POINTER] * 5 + [_SIZE],
     "siirl_categorical": [_HALF, _POINTER, _POINTER, _SIZE, _SIZE, _FLOAT, _POINTER, _POINTER],
-    "siirl_log_prob": [_HALF] + [_POINTER] * 2 + [_SIZE] * 2 + [_FLOAT] + [_POINTER] * 2,
+    "siirl_log_prob": [_HALF] + [_POINTER] * 2 + [_SIZE] * 2 + [_FLOAT] + [_POINTER] * 3,
+    "siirl_log_prob_gradient": [_HALF] + [_POINTER] * 2 + [_SIZE] * 2 + [_FLOAT] + [_POINTER] * 5,
     "siirl_paged_attention": [_HALF] + [_POINTER] * 9 + [_SIZE] * 6 + [_POINTER],
     "siirl_packed_attention": [_POINTER] * 6 + [_SIZE] * 4 + [_POINTER],
 }
@@ -182,6 +186,28 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
+def rms_norm_gradient(x: Tensor, weight: Tensor, eps: float, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the input and of the weight."""
+    grad_x, grad_weight, size = torch.empty_like(x), torch.empty_like(weight), x.shape[-1]
+    pointers = (x.data_ptr(), weight.data_ptr(), grad.data_ptr(), grad_x.data_ptr(), grad_weight.data_ptr())
+    _function("siirl_rms_norm_gradient")(_half(x), *pointers, x.numel() // size, size, eps)
+    return grad_x, grad_weight
+
+
+def rope_gradient(grad_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    out = torch.empty_like(grad_TND)
+    pointers = (grad_TND.data_ptr(), cos_TD.data_ptr(), sin_TD.data_ptr(), out.data_ptr())
+    _function("siirl_rope_gradient")(_half(grad_TND), *pointers, *grad_TND.shape)
+    return out
+
+
+def swiglu_gradient(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    pointers = (gate.data_ptr(), up.data_ptr(), grad.data_ptr(), grad_gate.data_ptr(), grad_up.data_ptr())
+    _function("siirl_swiglu_gradient")(_half(gate), *pointers, gate.numel())
+    return grad_gate, grad_up
+
+
 def categorical(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     rows, words = logits_BV.shape
     tokens = torch.empty(rows, dtype=torch.int64)
@@ -200,9 +226,17 @@ def categorical(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tup
 
 
 def log_prob_of(
-    logits_TV: Tensor, target_T: Tensor, temperature: float, log_prob_T: Tensor, entropy_T: Tensor | None
+    logits_TV: Tensor,
+    target_T: Tensor,
+    temperature: float,
+    log_prob_T: Tensor,
+    entropy_T: Tensor | None,
+    sums_T2: Tensor | None = None,
 ) -> None:
-    """Fills in each target's log-prob, of the same bits as :func:`categorical`'s, and each row's entropy."""
+    """Fills in each target's log-prob, of the same bits as :func:`categorical`'s, and each row's entropy.
+
+    ``sums_T2`` takes what :func:`log_prob_gradient` needs of each row.
+    """
     rows, words = logits_TV.shape
     _function("siirl_log_prob")(
         _half(logits_TV),
@@ -213,6 +247,30 @@ def log_prob_of(
         temperature,
         log_prob_T.data_ptr(),
         _at(entropy_T),
+        _at(sums_T2),
+    )
+
+
+def log_prob_gradient(
+    logits_TV: Tensor,
+    target_T: Tensor,
+    temperature: float,
+    sums_T2: Tensor,
+    entropy_T: Tensor,
+    grad_T: Tensor,
+    grad_entropy_T: Tensor | None,
+    out_TV: Tensor,
+) -> None:
+    """Fills in the gradient of the logits; ``out_TV`` may be the logits themselves."""
+    rows, words = logits_TV.shape
+    _function("siirl_log_prob_gradient")(
+        _half(logits_TV),
+        logits_TV.data_ptr(),
+        target_T.data_ptr(),
+        rows,
+        words,
+        temperature,
+        *map(_at, (sums_T2, entropy_T, grad_T, grad_entropy_T, out_TV)),
     )
 
 
