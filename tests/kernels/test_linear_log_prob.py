@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import siirl_kernels.linear_log_prob as fused
-from siirl_kernels import kernels
+from siirl_kernels import kernels, providers
 
 TOKENS, HIDDEN, VOCABULARY = 11, 6, 23
 
@@ -15,6 +15,11 @@ TOKENS, HIDDEN, VOCABULARY = 11, 6, 23
 @pytest.fixture(params=[1, 4 * VOCABULARY, 16 * 2**20], ids=["token by token", "uneven chunks", "one chunk"])
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_CHUNK_ELEMENTS", request.param)
+
+
+@pytest.fixture(params=[name for name in providers("linear_log_prob") if name != "ascend"], autouse=True)
+def _provider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "linear_log_prob", providers("linear_log_prob")[request.param])
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:

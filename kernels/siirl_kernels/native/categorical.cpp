@@ -129,19 +129,20 @@ void log_prob_gradient(const E* logits, const int64_t* targets, int64_t rows, in
         Row<E> row{logits + r * words, words, temperature, sums[2 * r]};
         E* out = grad_logits + r * words;
         float g = grad[r] * inverse, total = sums[2 * r + 1];
+        float log_p = widen(row.logits[targets[r]]) / temperature - row.top - total;  // before it is written over
         if (grad_entropy) {
             float h = grad_entropy[r] * inverse, entropy = entropies[r];
             for (int64_t i = 0; i < words; i += LANES) {
-                vec log_p = row.scaled(i) - row.top - total, p = exp(log_p);
+                vec all = row.scaled(i) - row.top - total, p = exp(all);
                 // a word without any probability may have a log-prob of -infinity
-                vec both = p > 0.0f ? -p * (g + h * (log_p + entropy)) : vec{};
+                vec both = p > 0.0f ? -p * (g + h * (all + entropy)) : vec{};
                 store_upto(out + i, both, words - i);
             }
         } else {
             for (int64_t i = 0; i < words; i += LANES)
                 store_upto(out + i, exp(row.scaled(i) - row.top - total) * -g, words - i);
         }
-        float log_p = widen(row.logits[targets[r]]) / temperature - row.top - total, p = exp(splat(log_p))[0];
+        float p = exp(splat(log_p))[0];
         float at = g - p * g - (grad_entropy && p > 0.0f ? grad_entropy[r] * inverse * p * (log_p + entropies[r]) : 0.0f);
         narrow(out + targets[r], at);
     }

@@ -36,6 +36,8 @@ _SIGNATURES = {
     "siirl_log_prob_gradient": [_HALF] + [_POINTER] * 2 + [_SIZE] * 2 + [_FLOAT] + [_POINTER] * 5,
     "siirl_paged_attention": [_HALF] + [_POINTER] * 9 + [_SIZE] * 6 + [_POINTER],
     "siirl_packed_attention": [_POINTER] * 6 + [_SIZE] * 4 + [_POINTER],
+    "siirl_training_attention": [_HALF] + [_POINTER] * 6 + [_SIZE] * 4 + [_POINTER] * 2,
+    "siirl_training_attention_gradient": [_HALF] + [_POINTER] * 6 + [_SIZE] * 4 + [_POINTER] * 6,
 }
 
 
@@ -310,3 +312,40 @@ def packed_attention(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, sequences: Pac
         *(x.data_ptr() for x in tensors), len(own), q_TND.shape[1], *k_TKD.shape[1:], out.data_ptr()
     )
     return out
+
+
+def _family(sequences: PackedSequences) -> tuple[Tensor, Tensor, Tensor]:
+    """First own token of each sequence and the end, int64 [B + 1], its parent and what it shares, int64 [B]."""
+    batch = len(sequences.lengths)
+    starts = torch.tensor((0, *sequences.lengths), dtype=torch.int64).cumsum(0)
+    parents = torch.tensor(sequences.parents or range(batch), dtype=torch.int64)
+    return starts, parents, torch.tensor(sequences.prefixes or (0,) * batch, dtype=torch.int64)
+
+
+def training_attention(
+    q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, sequences: PackedSequences
+) -> tuple[Tensor, Tensor]:
+    """The op's result, and the log-sum-exp of each token's and head's scores, float32 [T, N]."""
+    out, sums, family = torch.empty_like(q_TND), torch.empty(q_TND.shape[:2]), _family(sequences)
+    pointers = (x.data_ptr() for x in (q_TND, k_TKD, v_TKD, *family))
+    sizes = (len(sequences.lengths), q_TND.shape[1], *k_TKD.shape[1:])
+    _function("siirl_training_attention")(_half(q_TND), *pointers, *sizes, out.data_ptr(), sums.data_ptr())
+    return out, sums
+
+
+def training_attention_gradient(
+    q_TND: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    sequences: PackedSequences,
+    out_TND: Tensor,
+    sums_TN: Tensor,
+    grad_TND: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the queries, the keys and the values."""
+    found, family = [torch.empty_like(x) for x in (q_TND, k_TKD, v_TKD)], _family(sequences)
+    pointers = (x.data_ptr() for x in (q_TND, k_TKD, v_TKD, *family))
+    sizes = (len(sequences.lengths), q_TND.shape[1], *k_TKD.shape[1:])
+    results = (x.data_ptr() for x in (out_TND, sums_TN, grad_TND, *found))
+    _function("siirl_training_attention_gradient")(_half(q_TND), *pointers, *sizes, *results)
+    return found[0], found[1], found[2]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from siirl_kernels.linear_log_prob import chunks, keeps
 from siirl_kernels.native import functions
+from siirl_kernels.packing import PackedSequences
 from siirl_kernels.registry import implementation
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -95,6 +96,33 @@ def _activates(gate: Tensor, up: Tensor) -> bool:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     return _SwiGLU.apply(gate, up) if _recorded(gate, up) else functions.swiglu(gate, up)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences) -> Tensor:
+        out, sums = functions.training_attention(q, k, v, sequences)
+        ctx.save_for_backward(q, k, v, out, sums)
+        ctx.sequences = sequences
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, sums = ctx.saved_tensors
+        found = functions.training_attention_gradient(q, k, v, ctx.sequences, out, sums, grad.contiguous())
+        return *found, None
+
+
+def _attends(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, sequences: PackedSequences) -> bool:
+    return _takes(q_TND, k_TKD, v_TKD)
+
+
+@implementation("packed_attention", "native", supports=_attends)
+def packed_attention(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, sequences: PackedSequences) -> Tensor:
+    q_TND, k_TKD, v_TKD = q_TND.contiguous(), k_TKD.contiguous(), v_TKD.contiguous()
+    if _recorded(q_TND, k_TKD, v_TKD):
+        return _Attention.apply(q_TND, k_TKD, v_TKD, sequences)
+    return functions.training_attention(q_TND, k_TKD, v_TKD, sequences)[0]
 
 
 class _LinearLogProb(torch.autograd.Function):
