@@ -169,7 +169,9 @@ class TrainingEngine:
         return [(index == m).nonzero().squeeze(1) for m in range(count)]
 
     def _micro_batches(self, batch: Batch, rows: Tensor) -> list[MicroBatch]:
-        parts = split(input_lengths(batch)[rows], batch.dense("slot")[rows], self._config.training.micro_batch_tokens)
+        lengths, prompt_lengths = input_lengths(batch)[rows], batch.lengths("prompt_ids")[rows]
+        slots, budget = batch.dense("slot")[rows], self._config.training.micro_batch_tokens
+        parts = split(lengths, slots, prompt_lengths, budget)
         micros = [pack(batch, rows[part], self._device) for part in parts]
         wanted = max(1, len(micros))  # a worker without rows still names its metrics and has gradients to add
         if self.sharded:  # every pass is a collective: all workers make as many

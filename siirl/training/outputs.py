@@ -25,8 +25,9 @@ class LogProbModel(nn.Module):
 
         With ``greedy`` they are of the likeliest tokens instead, whose ids come third, int64 [R].
         """
-        hidden = self.decoder(micro.tokens_T, micro.sequences.positions, PackedAttention(micro.sequences))
-        hidden, weight = hidden[micro.predict_R], self.decoder.head_weight
+        attention = PackedAttention(micro.sequences)
+        states = self.decoder(micro.tokens_T, micro.sequences.positions, attention, micro.states_S)
+        hidden, weight = states.index_select(0, micro.state_R), self.decoder.head_weight
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -45,5 +46,6 @@ class CriticModel(nn.Module):
 
     def forward(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, ...]:
         """Values at the positions that predict a response token, float32 [R]."""
-        values = self.decoder(micro.tokens_T, micro.sequences.positions, PackedAttention(micro.sequences))
-        return (values.float()[micro.predict_R],)
+        attention = PackedAttention(micro.sequences)
+        values = self.decoder(micro.tokens_T, micro.sequences.positions, attention, micro.states_S)
+        return (values.float()[micro.state_R],)
