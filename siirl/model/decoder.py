@@ -42,7 +42,8 @@ class Linear(nn.Linear):
         pass
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        return kernels.linear(x_TH, self.weight, self.bias)
+        bias = None if self.bias is None else self.bias.to(x_TH.dtype)
+        return kernels.linear(x_TH, self.weight.to(x_TH.dtype), bias)
 
 
 class Embedding(nn.Embedding):
@@ -59,7 +60,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight, self.eps)
+        return kernels.rms_norm(x, self.weight.to(x.dtype), self.eps)
 
 
 class SelfAttention(nn.Module):
@@ -122,7 +123,12 @@ class Backbone(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model of the Llama, Qwen2 or Qwen3 family; see :class:`DecoderConfig`."""
+    """A causal language model of the Llama, Qwen2 or Qwen3 family; see :class:`DecoderConfig`.
+
+    ``compute_dtype`` is what a pass computes in: every weight is cast to it where it is used. None: the weights' own.
+    """
+
+    compute_dtype: torch.dtype | None = None
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -146,6 +152,7 @@ class Decoder(nn.Module):
             keep_S: int64 [S], packed tokens; None: all.
         """
         x_TH = self.model.embed_tokens(tokens_T)
+        x_TH = x_TH.to(self.compute_dtype or x_TH.dtype)
         cos_TD, sin_TD = self.rotary(positions_T, x_TH.dtype)
         *blocks, last = self.blocks
         for block in blocks:

@@ -15,6 +15,7 @@ from siirl.device.backend import Backend
 from siirl.device.collectives import Collectives
 from siirl.errors import SiirlError
 from siirl.model.critic import ValueModel
+from siirl.model.decoder import Decoder
 from siirl.model.fallback import AnyDecoder
 from siirl.telemetry.accumulator import StepMetrics
 from siirl.training.losses import Loss
@@ -49,8 +50,12 @@ class TrainingEngine:
         model.to(self._device)
         self.module: nn.Module = CriticModel(model) if isinstance(model, ValueModel) else LogProbModel(model)
         self.sharded = training.sharding == "shard" and collectives.size > 1
+        decoder = model.decoder if isinstance(model, ValueModel) else model
+        self._autocast = self._dtype != torch.float32 and not self.sharded and not isinstance(decoder, Decoder)
         if self.sharded:
             shard(self.module, self._dtype, backend, collectives)
+        elif isinstance(decoder, Decoder):
+            decoder.compute_dtype = self._dtype
 
     def begin(self, config: Config, lr: float | None) -> None:
         """Begin a stage with a new optimiser; ``lr`` is its peak rate, None for a model that is not trained."""
@@ -159,7 +164,7 @@ class TrainingEngine:
         return self._compute(micro, self._config.rollout.temperature or 1.0)
 
     def _compute(self, *arguments: Any) -> tuple[Tensor, ...]:
-        if self._dtype == torch.float32 or self.sharded:
+        if not self._autocast:
             return self.module(*arguments)
         with self._backend.autocast(self._dtype):
             return self.module(*arguments)

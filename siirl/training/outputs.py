@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from siirl.model.critic import ValueModel
@@ -27,12 +26,10 @@ class LogProbModel(nn.Module):
         """
         attention = PackedAttention(micro.sequences)
         states = self.decoder(micro.tokens_T, micro.sequences.positions, attention, micro.states_S)
-        hidden, weight = states.index_select(0, micro.state_R), self.decoder.head_weight
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        hidden = states.index_select(0, micro.state_R)
+        weight = cast(Tensor, self.decoder.head_weight).to(hidden.dtype)
         if greedy:
-            tokens_R = nn.functional.linear(hidden, cast(Tensor, weight)).argmax(-1)
+            tokens_R = nn.functional.linear(hidden, weight).argmax(-1)
             return (*kernels.linear_log_prob(hidden, weight, tokens_R, temperature), tokens_R)
         return kernels.linear_log_prob(hidden, weight, micro.targets_R, temperature)
 

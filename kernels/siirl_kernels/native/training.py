@@ -85,7 +85,8 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return functions.swiglu_gradient(*ctx.saved_tensors, grad.contiguous())
+        gate, up = ctx.saved_tensors
+        return functions.swiglu_gradient(gate, up, grad.contiguous())
 
 
 def _activates(gate: Tensor, up: Tensor) -> bool:
