@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
 import siirl_kernels.linear_log_prob as fused
-from siirl_kernels import kernels, providers
+from siirl_kernels import bind, kernels, providers
 from tests.device_under_test import device
 
 assert device()  # whose back end brings implementations of its own
@@ -21,8 +23,10 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.fixture(params=[name for name in providers("linear_log_prob") if name != "ascend"], autouse=True)
-def _provider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "linear_log_prob", providers("linear_log_prob")[request.param])
+def _bound(request: pytest.FixtureRequest) -> Iterator[None]:
+    bind([], {"linear_log_prob": request.param})
+    yield
+    bind([])
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -126,37 +127,47 @@ def packed_attention(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, sequences: Pac
     return functions.training_attention(q_TND, k_TKD, v_TKD, sequences)[0]
 
 
-class _LinearLogProb(torch.autograd.Function):
-    """As the reference; each pass over a chunk's logits computes all that is asked of them."""
+Product = Callable[[Tensor, Tensor], Tensor]
+"""hidden [T, H], weight [V, H] -> logits [T, V]"""
+
+
+def _product(hidden: Tensor, weight: Tensor) -> Tensor:
+    return hidden @ weight.t()
+
+
+class LinearLogProb(torch.autograd.Function):
+    """As the reference; each pass over a chunk's logits, which ``product`` computes, does all that is asked of them."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, product: Product
+    ) -> tuple[Tensor, Tensor]:
         tokens, vocabulary = len(hidden), len(weight)
         log_prob = torch.empty(tokens, dtype=torch.float32)
         entropy, sums = torch.empty_like(log_prob), torch.empty(tokens, 2)
         kept: list[Tensor] = []
         for start, end in chunks(tokens, vocabulary):
-            logits = hidden[start:end] @ weight.t()
+            logits = product(hidden[start:end], weight)
             part = (x[start:end] for x in (log_prob, entropy, sums))
             functions.log_prob_of(logits, target[start:end], temperature, *part)
             if keeps(tokens, vocabulary):
                 kept.append(logits)
         ctx.save_for_backward(hidden, weight, target, entropy, sums, *kept)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.product = temperature, product
         ctx.set_materialize_grads(False)
         return log_prob, entropy
 
     @staticmethod
     def backward(
         ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None
-    ) -> tuple[Tensor, Tensor, None, None]:
+    ) -> tuple[Tensor, Tensor, None, None, None]:
         hidden, weight, target, entropy, sums, *kept = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # hundreds of chunks would round away in bfloat16
         grad_log_prob = torch.zeros_like(entropy) if grad_log_prob is None else grad_log_prob.contiguous()
         grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
         for i, (start, end) in enumerate(chunks(len(hidden), len(weight))):
-            logits = kept[i] if kept else hidden[start:end] @ weight.t()
+            logits = kept[i] if kept else ctx.product(hidden[start:end], weight)
             grad = torch.empty_like(logits) if kept else logits
             functions.log_prob_gradient(
                 logits,
@@ -173,7 +184,7 @@ class _LinearLogProb(torch.autograd.Function):
                 grad_weight.addmm_(grad.t(), hidden[start:end])
             else:
                 grad_weight += grad.t() @ hidden[start:end]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 
 def _scores(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, temperature: float) -> bool:
@@ -185,4 +196,4 @@ def linear_log_prob(
     hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     hidden_TH, target_T = hidden_TH.contiguous(), target_T.contiguous()
-    return _LinearLogProb.apply(hidden_TH, weight_VH, target_T, temperature)
+    return LinearLogProb.apply(hidden_TH, weight_VH, target_T, temperature, _product)
