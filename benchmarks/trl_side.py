@@ -1,13 +1,15 @@
 """TRL's GRPOTrainer on the work of vs_trl.py, in TRL's own environment; the last line printed is one JSON object.
 
 python trl_side.py WORK.json, where WORK.json says: model (a Hugging Face directory), prompts (texts, in order),
-answers, prompts_per_step, group_size, max_new_tokens, steps, lr, seed.
+answers, prompts_per_step, group_size, max_new_tokens, steps, lr, seed, threads, dtype. Under torchrun its processes
+share each step's samples.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import resource
 import sys
@@ -34,13 +36,13 @@ def run(work: dict[str, Any], scratch: Path) -> dict[str, Any]:
     import trl
     from datasets import Dataset
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(work["threads"])
     # as tokenizer.json says; AutoTokenizer gives every model of type qwen2 the text splitting of Qwen's own
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(work["model"])
     model = transformers.AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.float32)
     ends = model.generation_config.eos_token_id
     suppressed = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
-    samples = work["prompts_per_step"] * work["group_size"]
+    samples, processes = work["prompts_per_step"] * work["group_size"], int(os.environ.get("WORLD_SIZE", "1"))
 
     class Clock(transformers.TrainerCallback):
         """From one step's end to the next, so that nothing a step does is left out."""
@@ -73,9 +75,11 @@ def run(work: dict[str, Any], scratch: Path) -> dict[str, Any]:
         args=trl.GRPOConfig(
             output_dir=str(scratch),
             use_cpu=True,
-            bf16=False,
+            ddp_backend="gloo" if processes > 1 else None,
+            bf16=work["dtype"] == "bfloat16",
             max_steps=work["steps"],
-            per_device_train_batch_size=samples,  # the whole step in one pass: TRL's fastest way
+            # the whole step in one pass: TRL's fastest way
+            per_device_train_batch_size=samples // processes,
             num_generations=work["group_size"],
             max_completion_length=work["max_new_tokens"],
             generation_kwargs={"eos_token_id": None, "suppress_tokens": suppressed},
@@ -116,4 +120,6 @@ def run(work: dict[str, Any], scratch: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     path = Path(sys.argv[1])
-    print(json.dumps(run(json.loads(path.read_text()), path.parent)))
+    found = run(json.loads(path.read_text()), path.parent)
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(found))

@@ -1,8 +1,9 @@
-"""siirl against TRL's GRPOTrainer: the same GRPO steps on one CPU thread, side by side.
+"""siirl against TRL's GRPOTrainer: the same GRPO steps on a CPU, side by side.
 
-Both load the same Hugging Face directory and train on the same prompts: float32, no end of sequence (every response has
-all its tokens), one update of AdamW a step, no KL, the same reward. The two take turns, each run in its own process;
-a run's throughput is the samples of a step over the median time of its steps, the first left out.
+Both load the same Hugging Face directory and train on the same prompts: no end of sequence (every response has all its
+tokens), one update of AdamW a step, no KL, the same reward. The two take turns, each run in processes of its own; a
+run's throughput is the samples of a step over the median time of its steps, the first left out. Each side has one
+thread and float32, or with ``--form best`` what it is fastest with on this machine: one run of each choice decides.
 See README.md for TRL's environment and for what the times hold.
 """
 
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,25 @@ HOW = (
     "then --trl-python ENV/bin/python"
 )
 LR, SEED = 1e-6, 0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a side computes with."""
+
+    processes: int = 1
+    threads: int = 1
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        return f"{self.processes} x {self.threads} threads, {self.dtype}"
+
+
+BEST = [
+    Setting(processes, threads, dtype)
+    for dtype in ("float32", "bfloat16")
+    for processes, threads in ((1, 1), (1, 2), (2, 1))
+]
 
 
 @dataclass(frozen=True)
@@ -69,6 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["tiny", "small", "real"])
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side and shape (default: 3)")
+    parser.add_argument("--form", choices=("one-thread", "best"), default="one-thread")
     parser.add_argument("--steps", type=int, help="steps of a run, at least 2 (default: 12, 4, 3 and 3)")
     parser.add_argument("--trl-python", type=Path, help="the Python of TRL's environment")
     parser.add_argument("--json", type=Path, help="where to write all numbers")
@@ -79,7 +101,7 @@ def main() -> None:
     except SiirlError as error:
         print(f"vs_trl: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    print_table(results)
+    print_table(results, arguments.form)
     if arguments.json:
         arguments.json.write_text(json.dumps({**machine(), "shapes": results}, indent=1) + "\n")
 
@@ -111,21 +133,40 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         directory = Path(temporary)
         work = prepare(shape, steps, directory)
         rounds, versions = [], {}
+
+        def run(side: str, setting: Setting, number: int) -> dict[str, Any]:
+            if side == "siirl":
+                result = run_siirl(shape, work, setting, directory, number)
+            else:
+                result = run_trl(work, setting, directory, arguments.trl_python)
+            check_work(side, result, shape, work)
+            versions[side] = result.pop("versions")
+            result["samples_per_s"] = shape.samples / statistics.median(result["step_s"][1:])
+            return result
+
+        settings, tried = choose(run) if arguments.form == "best" else (dict.fromkeys(("siirl", "trl"), Setting()), {})
         for number in range(arguments.rounds):
             load = os.getloadavg()[0]
-            sides = {
-                "siirl": run_siirl(shape, work, directory, number),
-                "trl": run_trl(work, directory, arguments.trl_python),
-            }
-            for side, result in sides.items():
-                check_work(side, result, shape, work)
-                versions[side] = result.pop("versions")
-                result["samples_per_s"] = shape.samples / statistics.median(result["step_s"][1:])
+            sides = {side: run(side, settings[side], number) for side in ("siirl", "trl")}
             ratio = sides["siirl"]["samples_per_s"] / sides["trl"]["samples_per_s"]
             rounds.append({"load_average": load, "ratio": ratio, **sides})
             print(f"{name}, round {number + 1} of {arguments.rounds}: {ratio:.2f} times TRL", file=sys.stderr)
     done = asdict(shape) | {"steps": steps, "lr": LR, "seed": SEED, "prompts_sha256": work["prompts_sha256"]}
-    return {"work": done, "versions": versions, "rounds": rounds}
+    chosen = {side: asdict(setting) for side, setting in settings.items()}
+    return {"work": done, "versions": versions, "settings": chosen, "tried": tried, "rounds": rounds}
+
+
+def choose(
+    run: Callable[[str, Setting, int], dict[str, Any]],
+) -> tuple[dict[str, Setting], dict[str, dict[str, float]]]:
+    """What each side is fastest with, and the samples/s of everything that was tried, the sides in turns."""
+    tried: dict[str, dict[str, float]] = {"siirl": {}, "trl": {}}
+    for number, setting in enumerate(BEST):
+        for side, found in tried.items():
+            found[str(setting)] = run(side, setting, 1000 + number)["samples_per_s"]
+            print(f"  {side}, {setting}: {found[str(setting)]:.3g} samples/s", file=sys.stderr)
+    named = {str(setting): setting for setting in BEST}
+    return {side: named[max(found, key=found.__getitem__)] for side, found in tried.items()}, tried
 
 
 def prepare(shape: Shape, steps: int, directory: Path) -> dict[str, Any]:
@@ -156,13 +197,13 @@ def prepare(shape: Shape, steps: int, directory: Path) -> dict[str, Any]:
     }
 
 
-def run_siirl(shape: Shape, work: dict[str, Any], directory: Path, number: int) -> dict[str, Any]:
+def run_siirl(shape: Shape, work: dict[str, Any], setting: Setting, directory: Path, number: int) -> dict[str, Any]:
     """One run of ``siirl train``."""
     recipe, run_dir = directory / "recipe.yaml", directory / f"run{number}"
     config = {
         "device": "cpu",
-        "workers": 1,
-        "threads_per_worker": 1,
+        "workers": setting.processes,
+        "threads_per_worker": setting.threads,
         "seed": SEED,
         "model": {"path": work["model"]},
         "data": {
@@ -178,14 +219,15 @@ def run_siirl(shape: Shape, work: dict[str, Any], directory: Path, number: int) 
             "temperature": 1.0,
             "ignore_eos": True,
         },
-        "training": {"steps": work["steps"], "lr": LR, "dtype": "float32"},
+        "training": {"steps": work["steps"], "lr": LR, "dtype": setting.dtype},
         "reward": {"function": f"{HERE / 'trl_side.py'}:{score.__name__}"},
         "evaluation": {"at_end": False},
         "checkpoint": {"save_last": False},
         "logging": {"tensorboard": False, "trace": False, "report": False, "samples_every": 0},
     }
     recipe.write_text(dump_yaml(config))
-    run_process([sys.executable, "-m", "siirl", "train", recipe, "--run-dir", run_dir], "siirl")
+    command = [sys.executable, "-m", "siirl", "train", recipe, "--run-dir", run_dir]
+    run_process(command, "siirl", setting.threads)
     metrics = read_metrics(run_dir)
     return {
         "step_s": [step["time/step_s"] for step in metrics],
@@ -204,16 +246,22 @@ def run_siirl(shape: Shape, work: dict[str, Any], directory: Path, number: int) 
     }
 
 
-def run_trl(work: dict[str, Any], directory: Path, python: Path) -> dict[str, Any]:
+def run_trl(work: dict[str, Any], setting: Setting, directory: Path, python: Path) -> dict[str, Any]:
     """One run of trl_side.py."""
     file = directory / "work.json"
-    file.write_text(json.dumps(work))
-    return json.loads(run_process([python, HERE / "trl_side.py", file], "TRL").splitlines()[-1])
+    file.write_text(json.dumps(work | {"threads": setting.threads, "dtype": setting.dtype}))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={setting.processes}"]
+    command = [python, *(launcher if setting.processes > 1 else []), HERE / "trl_side.py", file]
+    return json.loads(run_process(command, "TRL", setting.threads).splitlines()[-1])
 
 
-def run_process(command: list[Any], name: str) -> str:
-    """Its standard output; one thread, no network."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+def run_process(command: list[Any], name: str, threads: int) -> str:
+    """Its standard output; no network."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SiirlError(f"the run of {name} ended with status {done.returncode}: {done.stderr.strip()[-2000:]}")
@@ -236,9 +284,10 @@ def check_work(side: str, result: dict[str, Any], shape: Shape, work: dict[str, 
             raise SiirlError(f"{side} did other work: {key} is {result[key]}, not {value}")
 
 
-def print_table(results: dict[str, dict[str, Any]]) -> None:
+def print_table(results: dict[str, dict[str, Any]], form: str) -> None:
     """At most 80 columns."""
-    print("samples/s, median over rounds; one CPU thread each, float32\n")
+    with_what = "one CPU thread each, float32" if form == "one-thread" else "each side with what it is fastest with"
+    print(f"samples/s, median over rounds; {with_what}\n")
     print(f"{'shape':<8}{'prompts × group, tokens':<28}{'siirl':>8}{'TRL':>9}   {'ratio min median max':>22}")
     for name, result in results.items():
         work, rounds = result["work"], result["rounds"]
@@ -247,6 +296,9 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
         ratios = [r["ratio"] for r in rounds]
         spread = "".join(f"{f(ratios):>7.2f}" for f in (min, statistics.median, max))
         print(f"{name:<8}{shape:<28}{speeds[0]:>8.3g}{speeds[1]:>9.3g}   {spread:>22}")
+        if form == "best":
+            for side, setting in result["settings"].items():
+                print(f"{'':<8}{side}: {Setting(**setting)}")
 
 
 if __name__ == "__main__":
