@@ -33,6 +33,12 @@ class Kernels:
     inference_layer: Callable[..., Any]
     categorical: Callable[..., Any]
     token_log_prob: Callable[..., Any]
+    group_advantages: Callable[..., Any]
+    gae: Callable[..., Any]
+    policy_loss: Callable[..., Any]
+    gradient_norm: Callable[..., Any]
+    adamw_step: Callable[..., Any]
+    cast_pack: Callable[..., Any]
 
 
 kernels = Kernels()
