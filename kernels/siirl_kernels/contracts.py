@@ -23,6 +23,7 @@ from siirl_kernels.weights import LayerWeights, LinearWeights
 
 # The provider all of whose implementations keep a row's bits.
 INVARIANT = "invariant"
+Direction = Literal["forward", "backward"]
 TakeRow = Callable[[dict[str, Any], int], tuple[dict[str, Any], slice] | None]
 
 
@@ -113,16 +114,14 @@ class Contract:
         """The case's arguments that gradients reach; an optional one may be absent."""
         return {name: case.arguments[name] for name in self.differentiable if case.arguments[name] is not None}
 
-    def dtype(
-        self, number: int, direction: Literal["forward", "backward"], inputs: torch.dtype, case: Case
-    ) -> torch.dtype:
+    def dtype(self, number: int, direction: Direction, inputs: torch.dtype, case: Case) -> torch.dtype:
         """The dtype of a result, or of a gradient, for inputs of dtype ``inputs``."""
         if direction == "backward" or self.in_place:
             return inputs
         found = self.returns[number]
         return case.arguments[found] if isinstance(found, str) else found or inputs
 
-    def tolerance(self, dtype: torch.dtype, case: Case, direction: Literal["forward", "backward"]) -> Tolerance:
+    def tolerance(self, dtype: torch.dtype, case: Case, direction: Direction) -> Tolerance:
         """What may be lost in a case."""
         factor = self.backward_scale if direction == "backward" else 1.0
         return self.tolerances[str(dtype).removeprefix("torch.")].times(factor, factor * case.size)

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 _ops: dict[str, dict[str, Callable[..., Any]]] = {}
@@ -113,7 +113,9 @@ def supported(name: str, provider: str, arguments: Mapping[str, Any]) -> bool:
 
 
 def bind(order: Sequence[str], pinned: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Choose each op's implementation: the pinned provider, else the first of ``order`` that has the op.
+    """Bind each op to the pinned provider, else to the first of ``order`` that has the op.
+
+    :func:`siirl_kernels.selftest.bind_tested` tries them first.
 
     Returns:
         The provider chosen for each op.
@@ -121,6 +123,21 @@ def bind(order: Sequence[str], pinned: Mapping[str, str] | None = None) -> dict[
     Raises:
         ValueError: a pinned op or provider does not exist, or the provider cannot run here.
     """
+    return bind_to(choose(order, pinned))
+
+
+def bind_to(chosen: Mapping[str, str]) -> dict[str, str]:
+    """Bind each op to the provider chosen for it; all that are bound now."""
+    for name, provider in chosen.items():
+        setattr(kernels, name, _slot(name, provider))
+        _bound[name] = provider
+    return resolved()
+
+
+def choose(
+    order: Sequence[str], pinned: Mapping[str, str] | None = None, without: Container[tuple[str, str]] = ()
+) -> dict[str, str]:
+    """The provider that :func:`bind` would bind to each op, pairs of op and provider ``without`` which left out."""
     pinned = dict(pinned or {})
     for name, provider in pinned.items():
         if provider not in _ops.get(name, {}):
@@ -128,11 +145,10 @@ def bind(order: Sequence[str], pinned: Mapping[str, str] | None = None) -> dict[
         if why := obstacle(provider):
             raise ValueError(f"the provider '{provider}' of the kernel op '{name}' cannot run here: {why}")
     order = [provider for provider in order if _able(provider)]
-    for name, functions in _ops.items():
-        chosen = pinned.get(name) or next((p for p in order if p in functions), "torch")
-        setattr(kernels, name, _slot(name, chosen))
-        _bound[name] = chosen
-    return resolved()
+    return {
+        name: pinned.get(name) or next((p for p in order if p in functions and (name, p) not in without), "torch")
+        for name, functions in _ops.items()
+    }
 
 
 def _able(provider: str) -> bool:

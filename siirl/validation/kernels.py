@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,9 @@ from siirl.validation.numbers import same
 from siirl.validation.subject import Subject
 from siirl_kernels import contracts, kernels, providers, resolved, supported
 from siirl_kernels.accuracy import measure
-from siirl_kernels.contracts import CONTRACTS, Case, Contract, tensors_of
+from siirl_kernels.contracts import CONTRACTS, Case, Contract, Direction, tensors_of
 
 HOST = torch.device("cpu")
-Direction = Literal["forward", "backward"]
 FLOATS = ("float32", "float16", "bfloat16")
 
 
