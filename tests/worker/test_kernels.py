@@ -15,6 +15,7 @@ from tests.worker import runs
 KERNEL = """
 import os
 
+import siirl_kernels.native  # whose place it takes
 from siirl.dag import register_op
 from siirl_kernels import implementation, providers
 
