@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -38,7 +39,8 @@ def bind_tested(
     pinned = pinned or {}
     while left := registry.choose(order, pinned, _failures).items() - passed:
         for op, provider in sorted(left):
-            why = None if provider == "torch" else problem(op, provider, device)
+            with _one_thread():
+                why = None if provider == "torch" else problem(op, provider, device)
             if why is None:
                 passed.add((op, provider))
             elif op in pinned:
@@ -49,6 +51,17 @@ def bind_tested(
                     "the kernel op '%s' is not computed by '%s', which fails its self-test: %s", op, provider, why
                 )
     return registry.bind_to(registry.choose(order, pinned, _failures))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small calls are no work for several threads: they would wait for each other, for long on a busy host."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def failures() -> dict[tuple[str, str], str]:
