@@ -37,10 +37,10 @@ def bind_tested(
     _failures.clear()
     passed: set[tuple[str, str]] = set()
     pinned = pinned or {}
-    while left := registry.choose(order, pinned, _failures).items() - passed:
+    while left := _pairs(registry.choose(order, pinned, _failures)) - passed:
         for op, provider in sorted(left):
             with _one_thread():
-                why = None if provider == "torch" else problem(op, provider, device)
+                why = problem(op, provider, device)
             if why is None:
                 passed.add((op, provider))
             elif op in pinned:
@@ -51,6 +51,10 @@ def bind_tested(
                     "the kernel op '%s' is not computed by '%s', which fails its self-test: %s", op, provider, why
                 )
     return registry.bind_to(registry.choose(order, pinned, _failures))
+
+
+def _pairs(chosen: Mapping[str, Sequence[str]]) -> set[tuple[str, str]]:
+    return {(op, provider) for op, asked in chosen.items() for provider in asked}
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from siirl.validation.subject import Subject
 from siirl_kernels import contracts, kernels, providers, resolved, supported
 from siirl_kernels.accuracy import measure
 from siirl_kernels.contracts import CONTRACTS, Case, Contract, Direction, tensors_of
+from siirl_kernels.registry import choose
 
 HOST = torch.device("cpu")
 FLOATS = ("float32", "float16", "bfloat16")
@@ -155,12 +156,11 @@ def _runs(function: Callable[..., Any], case: Case, contract: Contract, dtype_na
 
 @check("L2", "each op is bound to the first provider in the back end's order, and refused calls reach the reference")
 def bound_table(subject: Subject) -> None:
-    order = subject.backend.kernel_order()
-    for op, chosen in resolved().items():
-        first = next(provider for provider in order if provider in providers(op))
+    for op, asked in choose(subject.backend.kernel_order()).items():
+        chosen, first = resolved()[op], " > ".join(asked) or "torch"
         require(chosen == first, f"{op} is bound to {chosen}, first in order is {first}")
         for case in CONTRACTS[op].cases("smoke", torch.float32, subject.backend.device()):
-            if not supported(op, chosen, case.arguments):
+            if not any(supported(op, provider, case.arguments) for provider in asked):
                 ours, expected = (
                     results(function, case, CONTRACTS[op], inference=True)["forward"]
                     for function in (getattr(kernels, op), providers(op)["torch"])

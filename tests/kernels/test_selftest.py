@@ -133,6 +133,14 @@ def test_it_is_not_tried_on_what_it_does_not_take() -> None:
     assert bind_tested(["fast"])["swiglu"] == "fast"
 
 
+def test_each_of_several_that_are_asked_is_tried() -> None:
+    implementation("swiglu", "first", supports=lambda gate, up: len(gate) > 1)(right)
+    implementation("swiglu", "second", supports=lambda gate, up: len(gate) > 0)(one_per_cent_more)
+    implementation("swiglu", "third")(right)
+    assert bind_tested(["first", "second", "third"])["swiglu"] == "first > third"
+    assert list(failures()) == [("swiglu", "second")]
+
+
 def test_a_wrong_op_does_not_spoil_the_truth_of_those_made_of_it() -> None:
     """The reference of a layer calls the ops as they are bound: a wrong norm must not make a right layer look wrong."""
 
