@@ -133,7 +133,7 @@ class _PolicyLoss(torch.autograd.Function):
         bounded = ratio.clamp(1.0 - low, 1.0 + high).mul_(negated)
         clipped = bounded > unclipped
         loss, fixed = torch.maximum(unclipped, bounded), clipped | (kl_old.abs() > MAX_LOG_RATIO)
-        dual_clipped = torch.zeros((), dtype=wide, device=loss.device).expand_as(loss)
+        dual_clipped = torch.zeros_like(loss)
         if dual is not None:
             ceiling = torch.where(negated > 0, dual * negated, torch.inf)
             decides = loss > ceiling
