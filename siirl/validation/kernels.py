@@ -162,7 +162,7 @@ def bound_table(subject: Subject) -> None:
         for case in CONTRACTS[op].cases("smoke", torch.float32, subject.backend.device()):
             if not any(supported(op, provider, case.arguments) for provider in asked):
                 ours, expected = (
-                    results(function, case, CONTRACTS[op], inference=True)["forward"]
+                    results(function, case, CONTRACTS[op])["forward"]
                     for function in (getattr(kernels, op), providers(op)["torch"])
                 )
                 for x, y in zip(ours, expected, strict=True):
