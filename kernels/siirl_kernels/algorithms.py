@@ -131,17 +131,16 @@ class _PolicyLoss(torch.autograd.Function):
         negated = -advantages.to(wide)
         unclipped = negated * ratio
         bounded = ratio.clamp(1.0 - low, 1.0 + high).mul_(negated)
-        clipped = bounded > unclipped
-        loss, fixed = torch.maximum(unclipped, bounded), clipped | (kl_old.abs() > MAX_LOG_RATIO)
-        dual_clipped = torch.zeros_like(loss)
+        clipped, loss = bounded > unclipped, torch.maximum(unclipped, bounded)
+        decides = torch.zeros_like(clipped)
         if dual is not None:
             ceiling = torch.where(negated > 0, dual * negated, torch.inf)
-            decides = loss > ceiling
-            loss, fixed, dual_clipped = torch.minimum(loss, ceiling), fixed | decides, decides.to(wide)
-        statistics = (ratio, clipped.to(wide), kl_old, dual_clipped)
+            decides, loss = loss > ceiling, torch.minimum(loss, ceiling)
+        statistics = (ratio, clipped.to(wide), kl_old, decides.to(wide))
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
         if ctx.needs_input_grad[0]:
+            fixed = (kl_old.abs() > MAX_LOG_RATIO).logical_or_(clipped).logical_or_(decides)
             ctx.save_for_backward(unclipped.masked_fill_(fixed, 0.0).to(log_probs.dtype))
         return loss, *statistics
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from siirl.cli.doctor import _opened
+from siirl.device import facts
 from siirl_kernels import bind, implementation, kernels, providers, registry, resolved
 from siirl_kernels.contracts import CONTRACTS
 from siirl_kernels.selftest import bind_tested, failures
@@ -199,3 +201,12 @@ def test_every_op_has_a_first_case_that_shows_a_hundredth(op: str) -> None:
     registry._ops[op]["fast"] = more
     bind_tested(["fast"])
     assert "is off by" in failures()[op, "fast"]
+
+
+def test_doctor_says_what_is_left_out_and_why() -> None:
+    device_under_test.backend()  # brings the host's kernels, whose place this one takes
+    implementation("swiglu", "native")(raises)
+    opened = facts.tell("cpu")
+    assert opened["kernels"]["swiglu"] == "torch" and list(opened["kernels_failed"]) == ["swiglu by native"]
+    rows = dict(_opened({"back_end": "", "versions": {}, "devices": [], "notes": [], "opened": opened}))
+    assert rows["no swiglu by native"].startswith("fails its self-test: case 'ragged 37x100' in float32 raises Runtime")
