@@ -82,11 +82,14 @@ class CudaBackend(TorchBackend):
 
     @classmethod
     def kernel_order(cls) -> list[str]:
-        return ["native", "triton", "torch"]
+        # Packages that may be installed: flash-attn knows these GPUs best, and takes plain sequences in half precision
+        # alone. Liger is behind siirl's own kernels, which need no copies to leave their arguments alone.
+        return ["native", "flash_attn", "triton", "liger", "torch"]
 
     def load(self) -> None:
         super().load()
-        importlib.import_module("siirl_kernels.triton")
+        for provider in ("triton", "flash_attn", "liger"):
+            importlib.import_module(f"siirl_kernels.{provider}")
 
     @classmethod
     def engines(cls) -> list[EngineSpec]:

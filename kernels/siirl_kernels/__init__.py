@@ -4,7 +4,9 @@
 reference until :func:`bind` chooses, once at start-up, an implementation per op in the back end's order.
 """
 
+from siirl_kernels import algorithms as _algorithms
 from siirl_kernels import reference as _reference
+from siirl_kernels import updates as _updates
 from siirl_kernels.registry import (
     bind,
     implementation,

@@ -83,6 +83,11 @@ class PackedSequences:
         return self._lengths.cumsum(0) - self._lengths
 
     @cached_property
+    def ends(self) -> Tensor:
+        """0 and where each sequence's own tokens end, int32 [B+1]: cumulated lengths, as devices' kernels take them."""
+        return torch.cat((torch.zeros(1, dtype=torch.int64), self._lengths.cumsum(0))).to(self.device, torch.int32)
+
+    @cached_property
     def whole(self) -> Tensor | None:
         """The packed tokens of the whole sequences, one sequence after another, int64; None where nothing is shared."""
         if not self.parents:

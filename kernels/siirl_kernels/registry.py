@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 _ops: dict[str, dict[str, Callable[..., Any]]] = {}
@@ -15,6 +15,7 @@ _predicates: dict[tuple[str, str], Callable[..., bool]] = {}
 _bound: dict[str, str] = {}
 _obstacles: dict[str, Callable[[], str | None]] = {}
 _reported: set[str] = set()
+_optional: set[str] = set()
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +34,12 @@ class Kernels:
     inference_layer: Callable[..., Any]
     categorical: Callable[..., Any]
     token_log_prob: Callable[..., Any]
+    group_advantages: Callable[..., Any]
+    gae: Callable[..., Any]
+    policy_loss: Callable[..., Any]
+    gradient_norm: Callable[..., Any]
+    adamw_step: Callable[..., Any]
+    cast_pack: Callable[..., Any]
 
 
 kernels = Kernels()
@@ -54,7 +61,7 @@ def implementation(
 
     Args:
         supports: asked with a call's own arguments, from their dtypes, shapes and devices alone; where it says no the
-            reference runs. Without it the implementation takes every call.
+            next provider or the reference runs. Without it the implementation takes every call.
 
     Raises:
         ValueError: the op is unknown, or the signatures differ.
@@ -78,13 +85,15 @@ def implementation(
     return register
 
 
-def provider(name: str, obstacle: Callable[[], str | None]) -> None:
+def provider(name: str, obstacle: Callable[[], str | None], optional: bool = False) -> None:
     """Say that a provider may be unable to run here.
 
     Args:
         obstacle: asked when a table is bound, not before: why none of the provider's implementations can run, or None.
+        optional: nothing is amiss without it, so that a run does not warn.
     """
     _obstacles[name] = obstacle
+    (_optional.add if optional else _optional.discard)(name)
 
 
 def obstacle(name: str) -> str | None:
@@ -107,13 +116,35 @@ def supported(name: str, provider: str, arguments: Mapping[str, Any]) -> bool:
 
 
 def bind(order: Sequence[str], pinned: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Choose each op's implementation: the pinned provider, else the first of ``order`` that has the op.
+    """Bind each op to the pinned provider, else to the first of ``order`` that has the op.
+
+    A call that the provider does not take goes to the next in the order, at last to the reference.
+    :func:`siirl_kernels.selftest.bind_tested` tries them first.
 
     Returns:
-        The provider chosen for each op.
+        The provider chosen for each op; several that are asked one after another as ``first > second``.
 
     Raises:
         ValueError: a pinned op or provider does not exist, or the provider cannot run here.
+    """
+    return bind_to(choose(order, pinned))
+
+
+def bind_to(chosen: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Bind each op to the providers chosen for it (:func:`choose`); all that are bound now."""
+    for name, asked in chosen.items():
+        setattr(kernels, name, _slot(name, asked))
+        _bound[name] = " > ".join(asked) or "torch"
+    return resolved()
+
+
+def choose(
+    order: Sequence[str], pinned: Mapping[str, str] | None = None, without: Container[tuple[str, str]] = ()
+) -> dict[str, tuple[str, ...]]:
+    """The providers beside the reference that :func:`bind` would have asked, one after another, by op.
+
+    Args:
+        without: pairs of op and provider that are left out.
     """
     pinned = dict(pinned or {})
     for name, provider in pinned.items():
@@ -122,11 +153,20 @@ def bind(order: Sequence[str], pinned: Mapping[str, str] | None = None) -> dict[
         if why := obstacle(provider):
             raise ValueError(f"the provider '{provider}' of the kernel op '{name}' cannot run here: {why}")
     order = [provider for provider in order if _able(provider)]
-    for name, functions in _ops.items():
-        chosen = pinned.get(name) or next((p for p in order if p in functions), "torch")
-        setattr(kernels, name, _slot(name, chosen))
-        _bound[name] = chosen
-    return resolved()
+    return {name: _asked(name, [pinned[name]] if name in pinned else order, without) for name in _ops}
+
+
+def _asked(name: str, order: Sequence[str], without: Container[tuple[str, str]]) -> tuple[str, ...]:
+    """Those of ``order`` that have the op, up to the first that takes every call."""
+    asked: list[str] = []
+    for provider in order:
+        if provider == "torch":
+            break
+        if provider in _ops[name] and (name, provider) not in without:
+            asked.append(provider)
+            if (name, provider) not in _predicates:
+                break
+    return tuple(asked)
 
 
 def _able(provider: str) -> bool:
@@ -134,7 +174,8 @@ def _able(provider: str) -> bool:
     why = obstacle(provider)
     if why is not None and provider not in _reported:
         _reported.add(provider)
-        _log.warning("the kernel provider '%s' is left out: %s", provider, why)
+        level = logging.INFO if provider in _optional else logging.WARNING
+        _log.log(level, "the kernel provider '%s' is left out: %s", provider, why)
     return why is None
 
 
@@ -148,14 +189,21 @@ def table_hash() -> str:
     return hashlib.sha256(json.dumps(_bound, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _slot(name: str, provider: str) -> Callable[..., Any]:
-    function, reference = _ops[name][provider], _ops[name]["torch"]
-    predicate = _predicates.get((name, provider))
+def _slot(name: str, asked: Sequence[str]) -> Callable[..., Any]:
+    slot = _ops[name]["torch"]
+    for provider in reversed(asked):
+        slot = _unless_refused(_ops[name][provider], _predicates.get((name, provider)), slot)
+    return slot
+
+
+def _unless_refused(
+    function: Callable[..., Any], predicate: Callable[..., bool] | None, otherwise: Callable[..., Any]
+) -> Callable[..., Any]:
     if predicate is None:
         return function
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return (function if predicate(*args, **kwargs) else reference)(*args, **kwargs)
+        return (function if predicate(*args, **kwargs) else otherwise)(*args, **kwargs)
 
     return call

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from siirl.algorithms.kl import MAX_LOG_RATIO
 from siirl.algorithms.registry import policy_loss
 from siirl.config.schema import AlgorithmConfig
+from siirl_kernels import kernels
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,15 @@ def ppo_clip(inputs: PolicyLossInput, config: AlgorithmConfig) -> tuple[Tensor, 
     Returns: the loss [T], and ``ratio``, ``clipped`` (1 where the clip decides, which stops the gradient), ``kl_old``
     (k1 of KL(old || new): old - new log-prob) and, with dual clip, ``dual_clipped``; float32 [T], detached.
     """
-    log_ratio_T = inputs.log_probs_T - inputs.old_log_probs_T
-    ratio_T = log_ratio_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    unclipped_T = -inputs.advantages_T * ratio_T
-    bounded_T = -inputs.advantages_T * ratio_T.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
-    loss_T = torch.maximum(unclipped_T, bounded_T)
-    stats = {"ratio": ratio_T, "clipped": bounded_T > unclipped_T, "kl_old": -log_ratio_T}
+    loss_T, ratio_T, clipped_T, kl_old_T, dual_clipped_T = kernels.policy_loss(
+        inputs.log_probs_T,
+        inputs.old_log_probs_T,
+        inputs.advantages_T,
+        config.clip_low,
+        config.clip_high,
+        config.dual_clip,
+    )
+    stats = {"ratio": ratio_T, "clipped": clipped_T, "kl_old": kl_old_T}
     if config.dual_clip is not None:
-        ceiling_T = torch.where(inputs.advantages_T < 0, -config.dual_clip * inputs.advantages_T, torch.inf)
-        stats["dual_clipped"] = loss_T > ceiling_T
-        loss_T = torch.minimum(loss_T, ceiling_T)
-    return loss_T, {name: x_T.detach().float() for name, x_T in stats.items()}
+        stats["dual_clipped"] = dual_clipped_T
+    return loss_T, {name: x_T.float() for name, x_T in stats.items()}

@@ -132,6 +132,86 @@ def token_log_prob(logits_BV: Tensor, tokens_B: Tensor, temperature: float) -> T
     return log_p.gather(1, tokens_B[:, None]).squeeze(1)
 
 
+def group_advantages(reward_N: Tensor, group_id_N: Tensor, valid_N: Tensor, norm_std: bool, eps: float) -> Tensor:
+    """Group after group."""
+    out = torch.zeros_like(reward_N)
+    for group in group_id_N.unique():
+        rows = (group_id_N == group) & valid_N
+        if rows.sum() > 1:
+            found = reward_N[rows].double()
+            centred = found - found.mean()
+            out[rows] = (centred / (found.std() + eps) if norm_std else centred).to(out.dtype)
+    return out
+
+
+def gae(token_rewards_T: Tensor, values_T: Tensor, offsets: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Token after token of the responses padded to one length, as most libraries do it."""
+    lengths = offsets.diff()
+    there = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+    rewards, values = (
+        torch.zeros(there.shape, device=lengths.device).masked_scatter(there, x.float())
+        for x in (token_rewards_T, values_T)
+    )
+    columns, after, carried = [], torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(there.shape[1])):
+        carried = rewards[:, t] + gamma * after - values[:, t] + gamma * lam * carried
+        after = values[:, t]
+        columns.append(carried)
+    advantages = torch.stack(columns[::-1], 1)[there]
+    return advantages, advantages + values_T
+
+
+def policy_loss(
+    log_probs_T: Tensor,
+    old_log_probs_T: Tensor,
+    advantages_T: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Left to autograd."""
+    log_ratio = log_probs_T.float() - old_log_probs_T.float()
+    ratio = log_ratio.clamp(-20.0, 20.0).exp()
+    unclipped = -advantages_T * ratio
+    bounded = -advantages_T * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    loss, dual_clipped = torch.maximum(unclipped, bounded), torch.zeros_like(ratio)
+    if dual_clip is not None:
+        ceiling = torch.where(advantages_T < 0, -dual_clip * advantages_T, torch.inf)
+        dual_clipped, loss = (loss > ceiling).float(), torch.minimum(loss, ceiling)
+    return loss, ratio.detach(), (bounded > unclipped).float(), -log_ratio.detach(), dual_clipped.detach()
+
+
+def gradient_norm(tensors: list[Tensor]) -> Tensor:
+    """The root of the sum of all squares."""
+    return torch.stack([x.float().square().sum() for x in tensors]).sum().sqrt()
+
+
+def adamw_step(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Parameter after parameter."""
+    for p, g, m, v in zip(parameters, gradients, exp_avgs, exp_avg_sqs, strict=True):
+        p.mul_(1 - lr * weight_decay)
+        m.mul_(beta1).add_(g, alpha=1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        root = (v / (1 - beta2**step)).sqrt_().add_(eps)
+        p.addcdiv_(m, root, value=-lr / (1 - beta1**step))
+
+
+def cast_pack(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Each cast, then put together."""
+    return torch.cat([x.reshape(-1).to(dtype) for x in tensors])
+
+
 _FORMULAS = (
     rms_norm,
     rope,
@@ -144,5 +224,11 @@ _FORMULAS = (
     inference_layer,
     categorical,
     token_log_prob,
+    group_advantages,
+    gae,
+    policy_loss,
+    gradient_norm,
+    adamw_step,
+    cast_pack,
 )
 PLAIN: dict[str, Callable[..., Any]] = {f.__name__: f for f in _FORMULAS}

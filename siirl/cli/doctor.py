@@ -73,6 +73,7 @@ def _opened(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for provider in dict.fromkeys(providers.values()):
         yield f"kernels by {provider}", ", ".join(op for op, by in providers.items() if by == provider)
     yield from ((f"no kernels by {provider}", why) for provider, why in opened["kernels_left_out"].items())
+    yield from ((f"no {pair}", f"fails its self-test: {why}") for pair, why in opened["kernels_failed"].items())
 
 
 def _words(value: Any) -> str:

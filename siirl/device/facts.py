@@ -35,12 +35,14 @@ def tell(name: str) -> dict[str, Any]:
     """Open the device in this process and describe it."""
     backend = select(name, role="driver")
     backend.bind(0)
-    from siirl_kernels import bind, obstacle
+    from siirl_kernels import obstacle
+    from siirl_kernels.selftest import bind_tested, failures
 
     order, spec = backend.kernel_order(), backend.communication()
     return {
         "capabilities": backend.capabilities().to_dict(),
-        "kernels": bind(order),
+        "kernels": bind_tested(order, device=backend.device()),
+        "kernels_failed": {f"{op} by {provider}": why for (op, provider), why in failures().items()},
         "kernels_left_out": {provider: why for provider in order if (why := obstacle(provider)) is not None},
         "communication": {
             "torch_backend": spec.torch_backend,

@@ -23,6 +23,7 @@ from siirl.training.microbatch import MicroBatch, dummy, input_lengths, mini_bat
 from siirl.training.optimizer import lr_factor, make_optimizer
 from siirl.training.outputs import CriticModel, LogProbModel
 from siirl.training.sharding import shard, sum_gradients, whole
+from siirl_kernels import kernels
 
 
 class TrainingEngine:
@@ -191,8 +192,14 @@ class TrainingEngine:
 
     def _clip(self) -> float:
         limit = self._config.training.max_grad_norm or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
-        return float(whole(norm))
+        if self.sharded:
+            return float(whole(nn.utils.clip_grad_norm_(self.module.parameters(), limit)))
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = kernels.gradient_norm(gradients)
+        share = float(limit / (norm + 1e-6))
+        if share < 1.0:  # most steps need no pass over all gradients
+            torch._foreach_mul_(gradients, share)
+        return float(norm)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The model's parameters by their own names, gathered whole one at a time where they are sharded."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from siirl.config.schema import TrainingConfig
+from siirl.training.adamw import AdamW
 
 
 def make_optimizer(module: nn.Module, config: TrainingConfig, lr: float) -> torch.optim.Optimizer:
@@ -20,9 +21,7 @@ def make_optimizer(module: nn.Module, config: TrainingConfig, lr: float) -> torc
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=lr)
-    # one call for all parameters; accelerators batch the default form by themselves
-    fused = all(p.device.type == "cpu" for p in parameters)
-    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=fused)
+    return AdamW(groups, lr=lr, betas=config.betas, eps=config.eps)
 
 
 def lr_factor(step: int, config: TrainingConfig) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,15 @@ def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, or what a sharded one is a part of: a collective then."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor.detach() if gather is None else gather()
+
+
+def local(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors themselves, or of sharded ones the parts that are on this worker, the same memory; all or none are.
+
+    Without gradients.
+    """
+    sharded = bool(tensors) and hasattr(tensors[0], "to_local")
+    return [cast(Any, tensor).to_local() for tensor in tensors] if sharded else tensors
 
 
 def sum_gradients(module: nn.Module, collectives: Collectives) -> None:

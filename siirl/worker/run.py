@@ -41,12 +41,11 @@ from siirl.telemetry.trace import Tracer
 from siirl.worker import run_dir as directories
 from siirl.worker.context import Context
 from siirl.worker.dag_worker import DagWorker
+from siirl.worker.kernels import bind_kernels
 from siirl.worker.models import Models
 from siirl.worker.place import Place
 from siirl.worker.producer import STOP, Ahead, Produced, Producer, restore
 from siirl.worker.weights import WeightReceiver, WeightSender
-from siirl_kernels import bind
-from siirl_kernels.invariant import invariant_pins
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +95,7 @@ class RunWorker:
         self._collectives, self._link = self._groups()
         backend.seed(config.seed)
         self._plans = self._plan()
-        log.info("kernels: %s", _bind(backend, config))
+        log.info("kernels: %s", bind_kernels(backend, config, world, run_dir))
         self._models = Models(config, backend, self._collectives, self._role)
         # rows have a group of their own where a node may use the workers' at the same time
         overlaps = config.data.overlap and not self._place.disaggregated and world.size > 1
@@ -387,19 +386,6 @@ class RunWorker:
         if self._world.rank == 0:
             save_pretrained(self._models.decoder, self._models.tokenizer, self._run_dir / "model", state_dict=weights)
         self._world.barrier()
-
-
-def _bind(backend: Backend, config: Config) -> dict[str, str]:
-    """Choose the kernels of this worker; the provider of each op."""
-    if not config.rollout.batch_invariant:
-        return bind(backend.kernel_order())
-    key, device = "rollout.batch_invariant", backend.device().type
-    if device != "cpu":
-        raise RequestError(f"{key} needs the device cpu, not {device}; set {key}=false")
-    try:
-        return bind(backend.kernel_order(), invariant_pins())
-    except ValueError as error:
-        raise RequestError(f"{key}: {error}") from None
 
 
 def _leftovers(context: Context) -> str | None:

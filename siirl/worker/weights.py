@@ -13,6 +13,7 @@ from siirl.device.collectives import Collectives
 from siirl.errors import SiirlError
 from siirl.rollout.checksum import Checksum
 from siirl.rollout.probe import Answers, Probe
+from siirl_kernels import kernels
 
 # tensors are broadcast together in pieces of about so many bytes
 _BUCKET_BYTES = 64 * 2**20
@@ -52,7 +53,8 @@ class WeightSender:
     def send(self, step: int, named: Iterable[tuple[str, Tensor]] | None, answers: Answers | None = None) -> None:
         """Tell that ``step`` has ended, with its weights or None where they did not change. A collective.
 
-        The checksum follows the weights, for it is computed while they pass: sharded ones are gathered once.
+        Weights are cast and packed in one pass. The checksum follows them, for it is computed while they pass: sharded
+        ones are gathered once.
 
         Args:
             step: that has ended.
@@ -68,8 +70,11 @@ class WeightSender:
             return
         assert answers is not None, "weights travel with the answers to the probe"
         checksum = Checksum(self._dtype)
-        for bucket in _buckets(checksum.passing(named)):
-            self._collectives.broadcast(torch.cat([tensor.reshape(-1) for tensor in bucket]))
+        for bucket in _buckets(named, self._dtype):
+            packed = kernels.cast_pack([tensor for _, tensor in bucket], self._dtype)
+            for _ in checksum.passing(_unpacked(bucket, packed)):
+                pass
+            self._collectives.broadcast(packed)
         self._collectives.broadcast(torch.cat((torch.tensor([checksum.value()]), answers.to_integers())))
 
 
@@ -94,25 +99,32 @@ class WeightReceiver:
             return Message(step)
         if names != _names_checksum(self._names):
             raise SiirlError("the workers that train and those that generate have models with different weights")
-        for bucket in _buckets(self._room):
-            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            self._collectives.broadcast(flat)
-            for tensor, piece in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-                tensor.copy_(piece.view_as(tensor))
+        for bucket in _buckets(zip(self._names, self._room, strict=True), self._room[0].dtype):
+            packed = bucket[0][1].new_empty(sum(tensor.numel() for _, tensor in bucket))
+            self._collectives.broadcast(packed)
+            for (_, tensor), (_, piece) in zip(bucket, _unpacked(bucket, packed), strict=True):
+                tensor.copy_(piece)
         end = self._collectives.broadcast(torch.zeros(1 + self._probe.integers, dtype=torch.int64))
         answers = Answers.from_integers(end[1:], len(self._probe.prompts))
         return Message(step, list(zip(self._names, self._room, strict=True)), int(end[0]), answers)
 
 
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        bucket.append(tensor)
-        if sum(t.nbytes for t in bucket) >= _BUCKET_BYTES:
+def _buckets(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[list[tuple[str, Tensor]]]:
+    """The tensors that travel together in ``dtype``: by their sizes alone, so the same on both sides."""
+    bucket: list[tuple[str, Tensor]] = []
+    for name, tensor in named:
+        bucket.append((name, tensor))
+        if sum(t.numel() for _, t in bucket) * dtype.itemsize >= _BUCKET_BYTES:
             yield bucket
             bucket = []
     if bucket:
         yield bucket
+
+
+def _unpacked(bucket: Sequence[tuple[str, Tensor]], packed: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The pieces of what a bucket is packed into, in the shapes of its tensors."""
+    pieces = packed.split([tensor.numel() for _, tensor in bucket])
+    return ((name, piece.view(tensor.shape)) for (name, tensor), piece in zip(bucket, pieces, strict=True))
 
 
 def _names_checksum(names: Iterable[str]) -> int:

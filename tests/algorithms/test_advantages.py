@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from siirl.algorithms import get_advantage
-from siirl.algorithms.advantages import gae, group_advantages, last_token_rewards
+from siirl.algorithms.advantages import group_advantages, last_token_rewards
 from siirl.config.schema import AlgorithmConfig
 from siirl.data.batch import Batch, Ragged, offsets_of
 from siirl.device.collectives import Collectives
+from siirl_kernels.algorithms import gae
 
 
 def ragged(*rows: list[float]) -> Ragged:

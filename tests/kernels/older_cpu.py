@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from siirl_kernels import contracts, native, providers
+from siirl_kernels.accuracy import measure
 from siirl_kernels.native import build, functions
 
 OPS = ("inference_linear", "inference_layer", "paged_attention", "rms_norm", "rope", "swiglu", "categorical")
@@ -21,7 +22,7 @@ for op in OPS:
             found = ours(**case.arguments)
         pairs = zip(found, truth, strict=True) if isinstance(found, tuple) else [(found, truth)]
         for result, expected in pairs:
-            error = contracts.measure(result, expected, contract.tolerance(torch.float32, case, "forward"))
+            error = measure(result, expected, contract.tolerance(torch.float32, case, "forward"))
             assert error.tolerated, f"{op}, {case.name}: {error}"
             checked += 1
 print(checked)

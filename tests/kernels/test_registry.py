@@ -74,6 +74,23 @@ def test_the_reference_runs_where_a_predicate_says_no() -> None:
     assert providers("swiglu")["fast"] is doubled
 
 
+def test_a_refused_call_goes_to_the_next_in_the_order() -> None:
+    def tripled(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return 3 * gate * up
+
+    implementation("swiglu", "even", supports=only_even)(doubled)
+    implementation("swiglu", "small", supports=lambda gate, up: gate.numel() < 9)(tripled)
+    chosen = bind(["even", "small", "torch"])
+    assert chosen["swiglu"] == "even > small" and chosen["rope"] == "torch"
+    ones = [torch.ones(1, n) for n in (2, 3, 9)]
+    assert [float(kernels.swiglu(x, up=x).sum()) for x in ones[:2]] == [4.0, 9.0]
+    assert torch.equal(kernels.swiglu(ones[2], ones[2]), providers("swiglu")["torch"](ones[2], ones[2]))
+    implementation("swiglu", "small")(tripled)  # takes every call, so nobody is asked behind it
+    assert bind(["small", "even"])["swiglu"] == "small" and kernels.swiglu is tripled
+    assert bind(["torch", "even"])["swiglu"] == "torch"
+    assert bind(["small"], {"swiglu": "even"})["swiglu"] == "even"  # behind a pinned one there is the reference alone
+
+
 def test_a_predicate_has_the_signature_of_the_op() -> None:
     with pytest.raises(ValueError, match=r"implements swiglu\(x\), the op is swiglu\(gate, up\)"):
         implementation("swiglu", "fast", supports=lambda x: True)(doubled)

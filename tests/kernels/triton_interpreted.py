@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from siirl_kernels import providers
-from siirl_kernels.contracts import CONTRACTS, Case, measure
+from siirl_kernels.accuracy import measure
+from siirl_kernels.contracts import CONTRACTS, Case
 from siirl_kernels.triton import attention, sampling
 
 CPU = torch.device("cpu")

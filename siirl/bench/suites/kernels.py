@@ -7,6 +7,7 @@ GB/s counts the bytes of arguments and results, and of gradients where there are
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from siirl.bench.plain_ops import PLAIN
 from siirl.bench.plugin import BACKEND
 from siirl.device.backend import Backend
 from siirl_kernels import providers, supported
-from siirl_kernels.contracts import CONTRACTS, Case
+from siirl_kernels.contracts import CONTRACTS, Case, tensors_of
 
 SHORT = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -45,6 +46,7 @@ def bench_fwd(measure: Measure, backend: Backend, op: str, provider: str, dtype:
     found = _case(backend, op, provider, dtype, case)
     function, reference, against = _sides(op, provider)
     moved = _bytes(found.arguments.values()) + _bytes(_tensors(function(**found.arguments)))
+    moved += _bytes(found.arguments[name] for name in CONTRACTS[op].writes if CONTRACTS[op].in_place)
     measure(
         lambda: function(**found.arguments),
         lambda: reference(**found.arguments),
@@ -58,11 +60,16 @@ def bench_bwd(measure: Measure, backend: Backend, op: str, provider: str, dtype:
     function, reference, against = _sides(op, provider)
     inputs = [x.requires_grad_() for x in CONTRACTS[op].leaves(found).values()]
     results = _tensors(function(**found.arguments))
-    gradients = [torch.randn_like(x) for x in results]
+    chosen = [x.requires_grad for x in results]
+    gradients = [torch.randn_like(x) for x in itertools.compress(results, chosen)]
     moved = _bytes(found.arguments.values()) + 2 * _bytes(results) + _bytes(inputs)
 
     def both_ways(implementation: Callable[..., Any]) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(_tensors(implementation(**found.arguments)), inputs, gradients)
+        def call() -> Any:
+            outputs = itertools.compress(_tensors(implementation(**found.arguments)), chosen)
+            return torch.autograd.grad(list(outputs), inputs, gradients)
+
+        return call
 
     measure(both_ways(function), both_ways(reference), Rate(moved, "bytes"), against=against)
 
@@ -88,8 +95,8 @@ def _sides(op: str, provider: str) -> tuple[Callable[..., Any], Callable[..., An
 
 
 def _tensors(result: Any) -> list[Tensor]:
-    return list(result) if isinstance(result, tuple) else [result]
+    return list(result) if isinstance(result, tuple) else [] if result is None else [result]
 
 
 def _bytes(values: Any) -> int:
-    return sum(x.nbytes for x in values if isinstance(x, Tensor))
+    return sum(x.nbytes for x in tensors_of(values))
