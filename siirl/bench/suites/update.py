@@ -18,7 +18,7 @@ from siirl.data.batch import Batch
 from siirl.device.backend import Backend
 from siirl.device.collectives import Collectives
 from siirl.model.decoder import Decoder
-from siirl.planning.shape import ModelShape
+from siirl.planning.shape import ModelShape, Numbers
 from siirl.telemetry.accumulator import StepMetrics
 from siirl.training.fsdp import TrainingEngine
 from siirl.training.losses import policy_update
@@ -29,7 +29,7 @@ HOST, ACCELERATOR = ("smollm2-135m", 64), ("qwen2.5-1.5b", 512)
 
 
 def _engine(
-    backend: Backend, model: Decoder | None = None, prompt: int = PROMPT, dtype: str = "float32"
+    backend: Backend, model: Decoder | None = None, prompt: int = PROMPT, dtype: Numbers = "float32"
 ) -> tuple[TrainingEngine, Config, Batch]:
     config = setting.config(PROMPTS, GROUP, LONGEST)
     config.training.dtype = dtype
@@ -78,7 +78,7 @@ def _plain(backend: Backend, engine: TrainingEngine, batch: Batch) -> tuple[Plai
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def bench_utilisation(measure: Measure, backend: Backend, dtype: str) -> None:
+def bench_utilisation(measure: Measure, backend: Backend, dtype: Numbers) -> None:
     if dtype not in backend.capabilities().fast_dtypes:
         pytest.skip(f"{dtype} is not fast here")
     name, prompt = ACCELERATOR if backend.is_accelerator() else HOST
