@@ -16,13 +16,13 @@ from tests.training.test_updates import update
 from tests.training.workers import together
 
 ROWS = [[0, 1, 2, 3, 6, 7], [4, 5, 8, 9, 10, 11]]
-BUDGETS = (10_000, 24, 1)
+BUDGETS = (10_000, 20)
 UPDATES = 2
 UNITS = 3  # two layers, and all the rest
 
 
 class _Traffic(TorchDispatchMode):
-    """Counts collectives of floating-point tensors, and the elements that they take in."""
+    """Counts collectives of float32 tensors (metrics are float64, counts integers), and the elements that they take in."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class _Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             tensors = [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor)]
-            if any(t.is_floating_point() for t in tensors):
+            if any(t.dtype == torch.float32 for t in tensors):
                 name = str(func).split(".")[1].strip("_")
                 self.calls[name] += 1
                 self.elements[name] += max(t.numel() for t in tensors)
@@ -62,5 +62,5 @@ def test_gradients_are_reduced_once_an_update(tmp_path: Path) -> None:
             assert sharded["calls"]["reduce_scatter_base"] == UPDATES * UNITS
             assert sharded["elements"]["reduce_scatter_base"] == pytest.approx(UPDATES * parameters, rel=0.05)  # padded
         # weights are gathered for each pass: this is what more micro-batches cost
-        gathered = [found[f"shard {budget}"]["calls"]["allgather_base"] for budget in BUDGETS]
-        assert gathered[0] < gathered[1] < gathered[2]
+        few, many = (found[f"shard {budget}"]["calls"]["allgather_base"] for budget in BUDGETS)
+        assert few < many
