@@ -177,6 +177,13 @@ class TrainingConfig(Section):
     sharding: Literal["replicate", "shard"] = Field(
         "replicate", description="shard: FSDP2; replicate: plain data parallel"
     )
+    cpu_offload: bool = Field(
+        False, description="with sharding: shard, keep parameters, gradients and optimiser states in the host's memory"
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="activations computed again in the backward pass: none, the cheap ones, or whole layers"
+    )
+    offload_activations: bool = Field(False, description="activations wait for the backward pass in the host's memory")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     deterministic: bool = Field(True, description="ask the device for repeatable operators")
 

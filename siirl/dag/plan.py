@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from siirl.config.memory import check_memory_keys
 from siirl.dag.expressions import evaluate
 from siirl.dag.ops import find_op
 from siirl.errors import RequestError
@@ -321,6 +322,7 @@ def check_batch(config: Config, workers: int, graph: Graph | None = None) -> Non
     data, training, updates = config.data, config.training, config.algorithm.mini_batches
     _check_degrees(config)
     place = Placement.of(config, workers)
+    check_memory_keys(training, len(place.training))
     shares = max(training_layout(config, len(place.training)).data, rollout_layout(config, len(place.rollout)).data)
     holders = "workers" if shares == workers else "data-parallel groups"
     prompts = data.prompts_per_step

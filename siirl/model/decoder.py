@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from siirl.model.config import DecoderConfig
+from siirl.model.recompute import cheap
 from siirl_kernels import kernels
 from siirl_kernels.packing import PackedSequences
 
@@ -53,13 +54,14 @@ class Embedding(nn.Embedding):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, multiplied: bool = False) -> None:
+        """``multiplied``: only matrix products read the result."""
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.multiplied = eps, multiplied
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight, self.eps)
+        return cheap(kernels.rms_norm, x, self.weight, self.eps, multiplied=self.multiplied)
 
 
 class SelfAttention(nn.Module):
@@ -90,7 +92,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        return self.down_proj(kernels.swiglu(self.gate_proj(x_TH), self.up_proj(x_TH)))
+        return self.down_proj(cheap(kernels.swiglu, self.gate_proj(x_TH), self.up_proj(x_TH)))
 
 
 class Block(nn.Module):
@@ -98,8 +100,8 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn = SelfAttention(config, layer)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, multiplied=True)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, multiplied=True)
 
     def forward(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, attention: Attention) -> Tensor:
         x_TH = x_TH + self.self_attn(self.input_layernorm(x_TH), cos_TD, sin_TD, attention)

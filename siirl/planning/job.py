@@ -107,6 +107,11 @@ class Job:
         return self.config.training.sharding == "shard" and self.workers > 1 and not self.megatron
 
     @property
+    def on_host(self) -> bool:
+        """Whether shards, their gradients and optimiser states lie in the host's memory, away from the device's."""
+        return self.sharded and self.config.training.cpu_offload and not self.cluster.device.unified
+
+    @property
     def shared_weights(self) -> bool:
         """Whether the rollout engine computes with training's own tensors."""
         native = self.config.rollout.engine == "native" and not self.megatron

@@ -80,6 +80,8 @@ def _resident(job: Job) -> Terms:
                 spread = dense / copies + experts / max(1, copies / job.training.expert)
                 terms["optimiser"] += (states + (4 if job.itemsize < 4 else 0)) * spread
             continue
+        if job.on_host:
+            continue
         parameters = job.parameters(model) / (job.workers if job.sharded else 1)
         terms["weights"] += 4 * parameters
         terms["optimiser"] += states * parameters * trained
@@ -190,14 +192,20 @@ def _forward(job: Job, model: str) -> Terms:
 
 def saved_bytes(job: Job, model: str) -> float:
     """Activations of one micro-batch that wait for the backward pass on the fullest worker."""
-    shape, layout = job.shapes[model], job.training
+    shape, layout, training = job.shapes[model], job.training, job.config.training
     numbers: Numbers = "float32" if job.itemsize == 4 else "mixed" if _copies(job) else "bfloat16"
+    recompute = "none" if job.megatron else training.recompute
     tokens = micro_tokens(job) / _inner(job)
     # with a pipeline the first stage holds as many micro-batches as there are stages: all layers of one in sum
     layers = shape.num_layers
     if layout.pipeline > 1:
         layers = -(-shape.num_layers // layout.pipeline) * min(layout.pipeline, micro_batches(job))
-    return tokens * (layers * shape.saved_bytes(numbers) + 4 * 4 * shape.hidden_size)
+    kept = layers * shape.saved_bytes(numbers, recompute)
+    if training.offload_activations and not job.megatron and not job.cluster.device.unified:
+        kept = shape.saved_bytes(numbers)  # a layer's at a time, on their way
+    elif recompute == "full":
+        kept += shape.saved_bytes(numbers)  # of the layer that runs again
+    return tokens * (kept + 4 * 4 * shape.hidden_size)
 
 
 def _update(job: Job, model: str) -> Terms:
@@ -209,7 +217,7 @@ def _update(job: Job, model: str) -> Terms:
     elif job.sharded:
         # gradients wait whole, in float32, until the last micro-batch's backward pass reduces and scatters them
         whole = parameters if micro_batches(job) > 1 else 2 * shape.layer_parameters
-        gradients = 4 * whole + 4 * parameters / job.workers
+        gradients = 4 * whole + 4 * parameters / job.workers * (not job.on_host)
     else:
         gradients = 4 * parameters + (4 * min(parameters, BUCKET) if job.workers > 1 else 0)
     terms = {
@@ -218,7 +226,7 @@ def _update(job: Job, model: str) -> Terms:
         "activations": saved_bytes(job, model) + _working_set(job, model, micro_tokens(job)) / _inner(job),
         "head": _logits(job, model, backward=True),
     }
-    if config.training.optimizer == "adamw" and not job.cluster.device.unified:
+    if config.training.optimizer == "adamw" and not job.cluster.device.unified and not job.on_host:
         # the batched form of AdamW has one intermediate of the parameters' size
         terms["optimiser"] = 4 * parameters / (job.workers if job.sharded else 1) * (not job.megatron)
     return terms

@@ -118,7 +118,8 @@ def _pass(job: Job, model: str, mini: Training, *, backward: bool) -> Floats:
     pairs = copies * prompt * (prompt + 1) / 2 + prompt * mini.tokens + (mini.squares + mini.tokens) / 2
     layers = shape.forward_flops(1, 0, 0) * tokens + shape.forward_flops(0, 1, 0) * pairs
     head = shape.forward_flops(0, 0, 1) * mini.tokens * (model != "critic")
-    flops = layers * (1 + BACKWARD * backward) + head * (1 + (BACKWARD + AGAIN) * backward)
+    again = backward and job.config.training.recompute == "full" and not job.megatron
+    flops = layers * (1 + BACKWARD * backward + again) + head * (1 + (BACKWARD + AGAIN) * backward)
     sustained = cluster.sustained.training if backward else cluster.sustained.inference
     inner = layout.tensor * layout.context * layout.pipeline
     seconds = flops / (inner * cluster.peak(job.config.training.dtype) * sustained)

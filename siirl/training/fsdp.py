@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from siirl.algorithms.aggregation import token_weights
+from siirl.config.memory import check_memory_keys
 from siirl.config.schema import Config, TrainingConfig
 from siirl.data.batch import Batch, Ragged
 from siirl.device.backend import Backend
@@ -17,6 +18,7 @@ from siirl.errors import SiirlError
 from siirl.model.critic import ValueModel
 from siirl.model.fallback import AnyDecoder
 from siirl.telemetry.accumulator import StepMetrics
+from siirl.training.activations import bound_activations
 from siirl.training.losses import Loss
 from siirl.training.microbatch import MicroBatch, dummy, input_lengths, mini_batch_index, pack, split
 from siirl.training.optimizer import lr_factor, make_optimizer
@@ -49,8 +51,10 @@ class TrainingEngine:
         model.to(self._device)
         self.module: nn.Module = CriticModel(model) if isinstance(model, ValueModel) else LogProbModel(model)
         self.sharded = training.sharding == "shard" and collectives.size > 1
+        check_memory_keys(training, collectives.size)
+        self._bounded = bound_activations(model, training, backend)
         if self.sharded:
-            shard(self.module, self._dtype, backend, collectives)
+            shard(self.module, self._dtype, backend, collectives, training.cpu_offload)
 
     def begin(self, config: Config, lr: float | None) -> None:
         """Begin a stage with a new optimiser; ``lr`` is its peak rate, None for a model that is not trained."""
@@ -159,10 +163,11 @@ class TrainingEngine:
         return self._compute(micro, self._config.rollout.temperature or 1.0)
 
     def _compute(self, *arguments: Any) -> tuple[Tensor, ...]:
-        if self._dtype == torch.float32 or self.sharded:
-            return self.module(*arguments)
-        with self._backend.autocast(self._dtype):
-            return self.module(*arguments)
+        with self._bounded():
+            if self._dtype == torch.float32 or self.sharded:
+                return self.module(*arguments)
+            with self._backend.autocast(self._dtype):
+                return self.module(*arguments)
 
     def _mini_batches(self, batch: Batch, count: int) -> list[Tensor]:
         index = mini_batch_index(batch.dense("slot"), self._config.data.prompts_per_step, count)

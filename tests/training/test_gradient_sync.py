@@ -22,7 +22,7 @@ UNITS = 3  # two layers, and all the rest
 
 
 class _Traffic(TorchDispatchMode):
-    """Counts collectives of float32 tensors (metrics are float64, counts integers), and the elements that they take in."""
+    """Counts collectives of float32 tensors (metrics are float64, counts integers), and their elements."""
 
     def __init__(self) -> None:
         super().__init__()
