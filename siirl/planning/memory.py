@@ -7,6 +7,7 @@ computes in the host's memory, the rows of the batch count too.
 from __future__ import annotations
 
 from siirl.dag import Step
+from siirl.planning.budget import CHUNK, KEPT_CHUNKS, saved_per_token, working_set
 from siirl.planning.job import Job
 from siirl.planning.shape import Numbers
 from siirl.planning.traffic import batch_bytes, moved_bytes
@@ -16,8 +17,6 @@ Terms = dict[str, float]
 
 TERMS = ("weights", "optimiser", "gradients", "rollout", "kv cache", "activations", "head", "buffers")
 
-# Elements of a chunk of logits, and how many chunks are kept: `kernels/siirl_kernels/linear_log_prob.py`.
-CHUNK, KEPT_CHUNKS = 16 * 2**20, 2
 # Elements of a bucket of gradients: `siirl/training/fsdp.py`.
 BUCKET = 64 * 2**20
 
@@ -125,7 +124,7 @@ def micro_tokens(job: Job) -> int:
     config = job.config
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     samples = config.data.prompts_per_step * job.group / config.algorithm.mini_batches / job.training.data
-    return min(config.training.micro_batch_tokens, max(1, round(samples)) * longest)
+    return min(job.budget, max(1, round(samples)) * longest)
 
 
 def micro_batches(job: Job) -> int:
@@ -133,7 +132,7 @@ def micro_batches(job: Job) -> int:
     config = job.config
     samples = config.data.prompts_per_step * job.group / config.algorithm.mini_batches / job.training.data
     tokens = samples * (job.lengths.prompt + job.lengths.mean_response)
-    return max(1, -(-round(tokens) // config.training.micro_batch_tokens))
+    return max(1, -(-round(tokens) // job.budget))
 
 
 def _inner(job: Job) -> int:
@@ -142,10 +141,7 @@ def _inner(job: Job) -> int:
 
 
 def _working_set(job: Job, model: str, tokens: float) -> float:
-    """Of one layer that keeps nothing: input, normalised input and result in float32, three of the MLP's."""
-    shape = job.shapes[model]
-    width = shape.experts_per_token * shape.expert_size if shape.num_experts else shape.intermediate_size
-    return tokens * (3 * 4 * shape.hidden_size + 3 * job.itemsize * width)
+    return tokens * working_set(job.shapes[model], job.itemsize)
 
 
 def _logits(job: Job, model: str, *, backward: bool) -> float:
@@ -194,18 +190,14 @@ def saved_bytes(job: Job, model: str) -> float:
     """Activations of one micro-batch that wait for the backward pass on the fullest worker."""
     shape, layout, training = job.shapes[model], job.training, job.config.training
     numbers: Numbers = "float32" if job.itemsize == 4 else "mixed" if _copies(job) else "bfloat16"
-    recompute = "none" if job.megatron else training.recompute
     tokens = micro_tokens(job) / _inner(job)
+    if not job.megatron:
+        return tokens * saved_per_token(shape, numbers, training, shape.num_layers, job.cluster.device.unified)
     # with a pipeline the first stage holds as many micro-batches as there are stages: all layers of one in sum
     layers = shape.num_layers
     if layout.pipeline > 1:
         layers = -(-shape.num_layers // layout.pipeline) * min(layout.pipeline, micro_batches(job))
-    kept = layers * shape.saved_bytes(numbers, recompute)
-    if training.offload_activations and not job.megatron and not job.cluster.device.unified:
-        kept = shape.saved_bytes(numbers)  # a layer's at a time, on their way
-    elif recompute == "full":
-        kept += shape.saved_bytes(numbers)  # of the layer that runs again
-    return tokens * (kept + 4 * 4 * shape.hidden_size)
+    return tokens * (layers * shape.saved_bytes(numbers) + 4 * 4 * shape.hidden_size)
 
 
 def _update(job: Job, model: str) -> Terms:

@@ -100,13 +100,13 @@ def _copies(job: Job, mini: Training, prompt: float) -> Floats:
     rows = np.maximum(mini.rows, 1)
     mean = prompt + mini.tokens / rows
     per_group = mini.rows / np.maximum(mini.groups, 1)
-    fitting = np.maximum(1, job.config.training.micro_batch_tokens // mean)
+    fitting = np.maximum(1, job.budget // mean)
     return mini.groups * np.minimum(per_group, np.ceil(per_group / fitting))
 
 
 def _micros(job: Job, mini: Training, prompt: float) -> Floats:
     """Micro-batches on each share."""
-    return np.maximum(1, np.ceil((mini.tokens + mini.rows * prompt) / job.config.training.micro_batch_tokens))
+    return np.maximum(1, np.ceil((mini.tokens + mini.rows * prompt) / job.budget))
 
 
 def _pass(job: Job, model: str, mini: Training, *, backward: bool) -> Floats:

@@ -66,7 +66,7 @@ class TrainingEngine:
     def begin(self, config: Config, lr: float | None) -> None:
         """Begin a stage with a new optimiser; ``lr`` is its peak rate, None for a model that is not trained."""
         self._config, self._lr = config, lr
-        self.budget.tokens = config.training.micro_batch_tokens
+        self.budget.begin(config)
         self.model.requires_grad_(lr is not None)
         self.optimizer = None if lr is None else make_optimizer(self.module, config.training, lr)
 
