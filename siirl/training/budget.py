@@ -35,7 +35,8 @@ class TokenBudget:
 
     Args:
         backend, collectives: of this worker.
-        containment: of a model whose passes are collectives; None where a worker may leave a pass by itself.
+        lockstep: passes are collectives, which a worker must not leave.
+        containment: of a model whose passes are; without it a lack of memory ends such a pass, and the run.
     """
 
     tokens: int
@@ -45,8 +46,11 @@ class TokenBudget:
         tokens = config.training.micro_batch_tokens
         self.tokens = config.data.max_prompt_tokens + config.rollout.max_new_tokens if tokens == "auto" else tokens
 
-    def __init__(self, backend: Backend, collectives: Collectives, containment: Containment | None) -> None:
-        self._backend, self._collectives, self._containment = backend, collectives, containment
+    def __init__(
+        self, backend: Backend, collectives: Collectives, lockstep: bool, containment: Containment | None = None
+    ) -> None:
+        self._backend, self._collectives = backend, collectives
+        self._lockstep, self._containment = lockstep, containment
         self.rank, self.workers = collectives.rank, collectives.size
 
     def agree_on(self, tokens: int) -> None:
@@ -66,7 +70,7 @@ class TokenBudget:
         failed, said = None, ""
         for i, micro in enumerate(micros):
             if failed is not None:
-                if self._containment is None:
+                if not self._lockstep:
                     break
                 micro = dummy(self._backend.device())
             problem = self._attempt(work, i, micro)
@@ -86,7 +90,7 @@ class TokenBudget:
         try:
             work(i, micro)
         except RuntimeError as error:
-            if self._containment is not None or not out_of_memory(error):
+            if self._lockstep or not out_of_memory(error):
                 raise
             said = str(error)
         if self._containment is not None:

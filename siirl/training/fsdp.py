@@ -61,7 +61,7 @@ class TrainingEngine:
             if not isinstance(getattr(model, "decoder", model), TransformersDecoder):
                 containment = self.module.containment = Containment(model)
             shard(self.module, self._dtype, backend, collectives, training.cpu_offload)
-        self.budget = TokenBudget(backend, collectives, containment)
+        self.budget = TokenBudget(backend, collectives, self.sharded, containment)
 
     def begin(self, config: Config, lr: float | None) -> None:
         """Begin a stage with a new optimiser; ``lr`` is its peak rate, None for a model that is not trained."""

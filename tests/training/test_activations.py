@@ -105,6 +105,7 @@ def _all_modes(collectives: Collectives) -> dict[str, dict[str, Tensor]]:
     return found
 
 
+@pytest.mark.slow
 def test_two_workers_reach_the_weights_of_one_plain_worker(tmp_path: Path) -> None:
     plain = {"sgd": train(decoder())[0], "adamw": train(decoder(), **ADAMW)[0]}
     for found in together(_all_modes, 2, tmp_path):

@@ -185,6 +185,7 @@ def _both(collectives: Collectives) -> tuple[dict[str, Any], dict[str, str]]:
     return _one_of_two_runs_out(collectives), _a_row_too_long(collectives)
 
 
+@pytest.mark.slow
 def test_workers_agree_when_one_of_them_runs_out_and_end_together_where_a_row_does_not_fit(tmp_path: Path) -> None:
     plain, expected = update(settings(), batch(), steps=2)
     lost = "WorkerLost: a row of another worker does not fit in its memory"
