@@ -132,7 +132,7 @@ def _print_found(stage: Stage, found: _Found) -> None:
 
 
 def _print_plan(stage: Stage) -> None:
-    from siirl.dag import Graph, batch_table, check_batch, describe_all, plan_roles
+    from siirl.dag import Graph, batch_table, check_batch, describe_all, left_out, plan_roles
 
     graph, count = Graph.from_yaml(stage.config.pipeline), stage.config.workers
     check_batch(stage.config, count, graph)
@@ -142,15 +142,19 @@ def _print_plan(stage: Stage) -> None:
         table = describe_all(plan, ranks)
         rows = [_narrow(dict(zip(table.columns, row, strict=True))) for row in table.rows]
         print_table(table.title, COLUMNS, rows)
+    absent = left_out(graph, stage.config)
+    if absent.rows:
+        print_table(absent.title, absent.columns, absent.rows)
 
 
 def _print_json(stage: Stage, found: _Found | None, hosts: list[int] | None, number: int) -> None:
     """Write one stage of the list; the plans one by one, for there may be thousands."""
-    from siirl.dag import Graph, all_plans_json, batch_table, check_batch, plan_roles
+    from siirl.dag import Graph, all_plans_json, batch_table, check_batch, left_out, plan_roles
 
     graph, count = Graph.from_yaml(stage.config.pipeline), stage.config.workers
     check_batch(stage.config, count, graph)
     described: dict[str, Any] = {"name": stage.name, "batch": list(batch_table(stage.config, count, graph).rows)}
+    described["left_out"] = {row[0]: row[-1] for row in left_out(graph, stage.config).rows}
     if found is not None and found.estimate is not None:
         described["estimate"] = found.estimate.to_dict()
     elif found is not None:

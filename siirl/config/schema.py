@@ -172,11 +172,20 @@ class TrainingConfig(Section):
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = Field(0.0, description="of matrices; norms and biases have none")
     max_grad_norm: PositiveFloat | None = Field(1.0, description="gradients are clipped to this norm; null: not")
-    micro_batch_tokens: Positive = Field(16_384, description="distinct tokens of a forward pass: a prompt counts once")
+    micro_batch_tokens: Positive | Literal["auto"] = Field(
+        16_384, description="distinct tokens of a forward pass, a prompt's once; auto: as many as fit in the memory"
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the forward pass; masters are float32")
     sharding: Literal["replicate", "shard"] = Field(
         "replicate", description="shard: FSDP2; replicate: plain data parallel"
     )
+    cpu_offload: bool = Field(
+        False, description="with sharding: shard, keep parameters, gradients and optimiser states in the host's memory"
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="activations computed again in the backward pass: none, the cheap ones, or whole layers"
+    )
+    offload_activations: bool = Field(False, description="activations wait for the backward pass in the host's memory")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     deterministic: bool = Field(True, description="ask the device for repeatable operators")
 

@@ -21,7 +21,7 @@ from siirl.dag.plan import (
     rollout_layout,
     training_layout,
 )
-from siirl.dag.planner import plan, plan_roles, plan_steps, plan_worker
+from siirl.dag.planner import left_out, plan, plan_roles, plan_steps, plan_worker
 
 __all__ = [
     "ENGINE_DEGREES",
@@ -42,6 +42,7 @@ __all__ = [
     "describe_all",
     "due",
     "find_op",
+    "left_out",
     "op_names",
     "plan",
     "plan_roles",

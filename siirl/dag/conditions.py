@@ -1,7 +1,11 @@
-"""Conditions of nodes: which nodes take part, which inputs remain, which columns may be absent at a step."""
+"""Which nodes take part: those whose condition allows it and, of pure ones, those whose columns somebody reads.
+
+Also which inputs remain, and which columns may be absent at a step.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +43,7 @@ class Live:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A node that its condition leaves out, and why."""
+    """A node that is left out, by its condition or because nobody reads what it writes, and why."""
 
     node: Node
     reason: str
@@ -80,7 +84,23 @@ def select(graph: Graph, config: Config) -> tuple[dict[str, Live], dict[str, Dro
         raise RequestError(f"{graph.place}: every node is dropped by its condition")
     for item in live.values():
         _check_condition(item, live, writers)
+    _leave_out_unread(live, dropped)
     return live, dropped
+
+
+def _leave_out_unread(live: dict[str, Live], dropped: dict[str, Dropped]) -> None:
+    """Move pure nodes whose columns no live node reads to ``dropped``; then those that only they read, and so on."""
+    readers = Counter(column for item in live.values() for column in item.columns)
+    waiting = list(live)
+    while waiting:
+        item = live.get(name := waiting.pop())
+        if item is None or not item.spec.pure or any(readers[column] for column in item.node.writes.values()):
+            continue
+        columns = ", ".join(f"'{column}'" for column in item.node.writes.values())
+        dropped[name] = Dropped(item.node, f"no node that takes part reads {columns}")
+        del live[name]
+        readers.subtract(item.columns)
+        waiting += [other for other, kept in live.items() if item.columns & {*kept.node.writes.values()}]
 
 
 def _condition(node: Node, config: Config) -> tuple[int, str | None, str | None]:

@@ -54,6 +54,8 @@ class OpSpec:
     """The op changes the model it uses."""
     observes: bool = False
     """The op only looks at the rows, so that it may run while they move to other workers."""
+    pure: bool = False
+    """The op does nothing but write its columns: one whose columns nobody reads is left out of the plan."""
     repeats: bool = False
     """The op may ask for another round: what it waits for runs again, then the op itself."""
     implicit: tuple[str, ...] = ()
@@ -145,6 +147,7 @@ _OPS: dict[str, OpSpec] = {
             writes=_names("advantages", "returns"),
             layout="groups",
             whole_groups=True,
+            pure=True,
         ),
         OpSpec(
             "filter",
@@ -173,6 +176,7 @@ _OPS: dict[str, OpSpec] = {
             writes=_names("log_probs"),
             models=("actor", "reference"),
             layout="tokens",
+            pure=True,
             implicit=("slot",),
             check=_check_log_prob,
         ),
@@ -182,6 +186,7 @@ _OPS: dict[str, OpSpec] = {
             writes=_names("values"),
             models=("critic",),
             layout="tokens",
+            pure=True,
             implicit=("slot",),
         ),
         OpSpec(
@@ -223,12 +228,14 @@ def register_op(
     layout: Literal["groups", "tokens"] = "groups",
     params: Iterable[str] | None = None,
     observes: bool = False,
+    pure: bool = False,
 ) -> Callable[[Function], Function]:
     """Decorate a function to make it the op ``name``.
 
     A name in `reads` that ends in ``?`` is optional. The op takes and gives exactly the columns named here, keeps the
     rows as they are, and needs one of `models` unless there are none. `params`: the keys it accepts; None: any. An op
-    that `observes` writes nothing and leaves models as they are: rows may move to other workers while it runs.
+    that `observes` writes nothing and leaves models as they are: rows may move to other workers while it runs. One that
+    is `pure` does nothing but write its columns: where no node reads one of them, the planner leaves it out.
 
     A package offers ops through the entry-point group ``siirl.ops``: the entry's name is the op's, its value the module
     whose import registers it.
@@ -237,6 +244,9 @@ def register_op(
         raise RequestError(f"op '{name}' cannot be registered: the name is taken")
     if observes and writes:
         raise RequestError(f"op '{name}' cannot be registered: it observes, and writes {', '.join(writes)}")
+
+    if pure and not writes:
+        raise RequestError(f"op '{name}' cannot be registered: it is pure, and writes nothing")
 
     def decorate(function: Function) -> Function:
         _OPS[name] = OpSpec(
@@ -247,6 +257,7 @@ def register_op(
             layout=layout,
             params=None if params is None else tuple(params),
             observes=observes,
+            pure=pure,
             function=function,
         )
         return function

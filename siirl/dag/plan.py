@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from siirl.config.memory import check_memory_keys
 from siirl.dag.expressions import evaluate
 from siirl.dag.ops import find_op
 from siirl.errors import RequestError
@@ -321,6 +322,7 @@ def check_batch(config: Config, workers: int, graph: Graph | None = None) -> Non
     data, training, updates = config.data, config.training, config.algorithm.mini_batches
     _check_degrees(config)
     place = Placement.of(config, workers)
+    check_memory_keys(training, len(place.training))
     shares = max(training_layout(config, len(place.training)).data, rollout_layout(config, len(place.rollout)).data)
     holders = "workers" if shares == workers else "data-parallel groups"
     prompts = data.prompts_per_step
@@ -345,7 +347,7 @@ def check_batch(config: Config, workers: int, graph: Graph | None = None) -> Non
             f"fewer than the {shares} {holders}; set algorithm.mini_batches={fitting}"
         )
     longest = data.max_prompt_tokens + config.rollout.max_new_tokens
-    if longest > training.micro_batch_tokens:
+    if training.micro_batch_tokens != "auto" and longest > training.micro_batch_tokens:
         raise RequestError(
             f"a sample can have {longest} tokens (data.max_prompt_tokens {data.max_prompt_tokens} + "
             f"rollout.max_new_tokens {config.rollout.max_new_tokens}), more than training.micro_batch_tokens="
@@ -376,7 +378,7 @@ def batch_table(config: Config, workers: int, graph: Graph | None = None) -> Tab
     mini = prompts * group // algorithm.mini_batches
     updates = algorithm.mini_batches * algorithm.epochs
     budget = config.training.micro_batch_tokens
-    micro = math.ceil(math.ceil(mini / workers) / max(1, budget // longest))
+    micro = 0 if budget == "auto" else math.ceil(math.ceil(mini / workers) / max(1, budget // longest))
     rows = (
         ("prompts a step", f"{prompts:,}", _share(prompts, workers), "data.prompts_per_step"),
         ("samples a step", f"{prompts * group:,}", _share(prompts * group, workers), f"x {group} a prompt"),
@@ -389,9 +391,9 @@ def batch_table(config: Config, workers: int, graph: Graph | None = None) -> Tab
         ("samples a mini-batch", f"{mini:,}", _share(mini, workers), "whole groups, shared out by tokens"),
         (
             "micro-batches a mini-batch",
-            f"up to {micro * workers:,}",
-            f"up to {micro:,}",
-            f"{budget:,} training.micro_batch_tokens, samples of up to {longest:,}",
+            f"up to {micro * workers:,}" if micro else "as memory allows",
+            f"up to {micro:,}" if micro else "as memory allows",
+            f"{budget if micro == 0 else f'{budget:,}'} training.micro_batch_tokens, samples of up to {longest:,}",
         ),
     )
     return Table("batch sizes", ("", "all workers", "each worker", "from"), rows)

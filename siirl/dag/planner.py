@@ -2,7 +2,8 @@
 
 A pure function: every worker computes its own plan and all of them agree. After the checks of single nodes, it
 
-1. drops the nodes whose condition is settled and false, and settles every remaining input (`conditions`);
+1. drops the nodes whose condition is settled and false, settles every remaining input, and drops the pure nodes whose
+   columns nobody is left to read (`conditions`);
 2. derives the edges and orders the nodes so that each waits for all of its inputs;
 3. inserts a `redistribute` where the layout changes;
 4. walks backwards to find where each column is read last: redistribution takes along only what is still read, and a
@@ -25,7 +26,7 @@ from siirl.dag.conditions import Dropped, Live, select
 from siirl.dag.graph import Graph
 from siirl.dag.old_log_probs import check_old_log_probs
 from siirl.dag.ops import ROW_IDS, find_op
-from siirl.dag.plan import Layout, Placement, Role, Step, WorkerPlan, rollout_layout, training_layout
+from siirl.dag.plan import Layout, Placement, Role, Step, Table, WorkerPlan, rollout_layout, training_layout
 from siirl.errors import RequestError
 
 Hosts = Sequence[int] | None
@@ -53,6 +54,14 @@ def plan_worker(graph: Graph, config: Config, workers: int, rank: int, hosts: Ho
     assert 0 <= rank < workers, f"rank {rank} of {workers} workers"
     steps, _ = plan_steps(graph, config, workers, hosts)
     return _of_role(steps, Placement.of(config, workers).role(rank), rank, workers, graph.name)
+
+
+def left_out(graph: Graph, config: Config) -> Table:
+    """The nodes of a pipeline that take no part, and why. Raises like `plan_worker`."""
+    check_nodes(graph)
+    _, dropped = select(graph, config)
+    rows = [(node.id, node.op, node.model or "", dropped[node.id].reason) for node in graph.nodes if node.id in dropped]
+    return Table("left out", ("node", "op", "model", "why"), tuple(rows))
 
 
 def _of_role(steps: tuple[Step, ...], role: Role, rank: int, workers: int, name: str) -> WorkerPlan:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from siirl.model.config import DecoderConfig
+from siirl.model.recompute import cheap
 from siirl_kernels import kernels
 from siirl_kernels.packing import PackedSequences
 
@@ -60,7 +61,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight.to(x.dtype), self.eps)
+        return cheap(kernels.rms_norm, x, self.weight.to(x.dtype), self.eps)
 
 
 class SelfAttention(nn.Module):
@@ -94,7 +95,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        return self.down_proj(kernels.swiglu(self.gate_proj(x_TH), self.up_proj(x_TH)))
+        return self.down_proj(cheap(kernels.swiglu, self.gate_proj(x_TH), self.up_proj(x_TH)))
 
 
 class Block(nn.Module):

@@ -9,6 +9,7 @@ from typing import Any
 from siirl.config.schema import Config
 from siirl.dag import Graph, Layout, Step, check_batch, plan_steps, rollout_layout, training_layout
 from siirl.errors import RequestError
+from siirl.planning.budget import Held, auto_tokens
 from siirl.planning.cluster import Cluster
 from siirl.planning.models import find_shape
 from siirl.planning.shape import ModelShape
@@ -107,10 +108,29 @@ class Job:
         return self.config.training.sharding == "shard" and self.workers > 1 and not self.megatron
 
     @property
+    def on_host(self) -> bool:
+        """Whether shards, their gradients and optimiser states lie in the host's memory, away from the device's."""
+        return self.sharded and self.config.training.cpu_offload and not self.cluster.device.unified
+
+    @property
     def shared_weights(self) -> bool:
         """Whether the rollout engine computes with training's own tensors."""
         native = self.config.rollout.engine == "native" and not self.megatron
         return native and not self.sharded and self.config.training.dtype == "float32"
+
+    @cached_property
+    def budget(self) -> int:
+        """Tokens of a micro-batch: `training.micro_batch_tokens`, or for `auto` what fits."""
+        config, device = self.config, self.cluster.device
+        if config.training.micro_batch_tokens != "auto":
+            return config.training.micro_batch_tokens
+        counts = {name: float(self.parameters(name)) for name in dict.fromkeys(("actor", *self.models))}
+        models = [Held(count, count * (name in self.trained)) for name, count in counts.items()]
+        # on a host whose workers share the memory, a core's part of it: their number changes nothing
+        memory = self.cluster.memory(self.cluster.devices if device.unified else self.workers)
+        longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+        shards = self.workers if self.sharded else 1
+        return auto_tokens(self.actor, models, config.training, memory, shards, longest, unified=device.unified)
 
     @property
     def trained(self) -> tuple[str, ...]:

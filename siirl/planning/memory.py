@@ -7,6 +7,7 @@ computes in the host's memory, the rows of the batch count too.
 from __future__ import annotations
 
 from siirl.dag import Step
+from siirl.planning.budget import CHUNK, KEPT_CHUNKS, saved_per_token, working_set
 from siirl.planning.job import Job
 from siirl.planning.shape import Numbers
 from siirl.planning.traffic import batch_bytes, moved_bytes
@@ -16,8 +17,6 @@ Terms = dict[str, float]
 
 TERMS = ("weights", "optimiser", "gradients", "rollout", "kv cache", "activations", "head", "buffers")
 
-# Elements of a chunk of logits, and how many chunks are kept: `kernels/siirl_kernels/linear_log_prob.py`.
-CHUNK, KEPT_CHUNKS = 16 * 2**20, 2
 # Elements of a bucket of gradients: `siirl/training/fsdp.py`.
 BUCKET = 64 * 2**20
 
@@ -80,6 +79,8 @@ def _resident(job: Job) -> Terms:
                 spread = dense / copies + experts / max(1, copies / job.training.expert)
                 terms["optimiser"] += (states + (4 if job.itemsize < 4 else 0)) * spread
             continue
+        if job.on_host:
+            continue
         parameters = job.parameters(model) / (job.workers if job.sharded else 1)
         terms["weights"] += 4 * parameters
         terms["optimiser"] += states * parameters * trained
@@ -123,7 +124,7 @@ def micro_tokens(job: Job) -> int:
     config = job.config
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     samples = config.data.prompts_per_step * job.group / config.algorithm.mini_batches / job.training.data
-    return min(config.training.micro_batch_tokens, max(1, round(samples)) * longest)
+    return min(job.budget, max(1, round(samples)) * longest)
 
 
 def micro_batches(job: Job) -> int:
@@ -131,7 +132,7 @@ def micro_batches(job: Job) -> int:
     config = job.config
     samples = config.data.prompts_per_step * job.group / config.algorithm.mini_batches / job.training.data
     tokens = samples * (job.lengths.prompt + job.lengths.mean_response)
-    return max(1, -(-round(tokens) // config.training.micro_batch_tokens))
+    return max(1, -(-round(tokens) // job.budget))
 
 
 def _inner(job: Job) -> int:
@@ -140,10 +141,7 @@ def _inner(job: Job) -> int:
 
 
 def _working_set(job: Job, model: str, tokens: float) -> float:
-    """Of one layer that keeps nothing: input, normalised input and result in float32, three of the MLP's."""
-    shape = job.shapes[model]
-    width = shape.experts_per_token * shape.expert_size if shape.num_experts else shape.intermediate_size
-    return tokens * (3 * 4 * shape.hidden_size + 3 * job.itemsize * width)
+    return tokens * working_set(job.shapes[model], job.itemsize)
 
 
 def _logits(job: Job, model: str, *, backward: bool) -> float:
@@ -190,9 +188,11 @@ def _forward(job: Job, model: str) -> Terms:
 
 def saved_bytes(job: Job, model: str) -> float:
     """Activations of one micro-batch that wait for the backward pass on the fullest worker."""
-    shape, layout = job.shapes[model], job.training
+    shape, layout, training = job.shapes[model], job.training, job.config.training
     numbers: Numbers = "float32" if job.itemsize == 4 else "bfloat16"
     tokens = micro_tokens(job) / _inner(job)
+    if not job.megatron:
+        return tokens * saved_per_token(shape, numbers, training, shape.num_layers, job.cluster.device.unified)
     # with a pipeline the first stage holds as many micro-batches as there are stages: all layers of one in sum
     layers = shape.num_layers
     if layout.pipeline > 1:
@@ -209,7 +209,7 @@ def _update(job: Job, model: str) -> Terms:
     elif job.sharded:
         # gradients wait whole, in float32, until the last micro-batch's backward pass reduces and scatters them
         whole = parameters if micro_batches(job) > 1 else 2 * shape.layer_parameters
-        gradients = 4 * whole + 4 * parameters / job.workers
+        gradients = 4 * whole + 4 * parameters / job.workers * (not job.on_host)
     else:
         gradients = 4 * parameters + (4 * min(parameters, BUCKET) if job.workers > 1 else 0)
     terms = {
@@ -218,7 +218,7 @@ def _update(job: Job, model: str) -> Terms:
         "activations": saved_bytes(job, model) + _working_set(job, model, micro_tokens(job)) / _inner(job),
         "head": _logits(job, model, backward=True),
     }
-    if config.training.optimizer == "adamw" and not job.cluster.device.unified:
+    if config.training.optimizer == "adamw" and not job.cluster.device.unified and not job.on_host:
         # the batched form of AdamW has one intermediate of the parameters' size
         terms["optimiser"] = 4 * parameters / (job.workers if job.sharded else 1) * (not job.megatron)
     return terms

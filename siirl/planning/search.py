@@ -123,7 +123,7 @@ def _fitting(base: Job, overrides: dict[str, Any]) -> Candidate | None:
     config = base.config
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     for halving in range(HALVINGS + 1):
-        tokens = config.training.micro_batch_tokens >> halving
+        tokens = base.budget >> halving
         if tokens < longest:
             break
         chosen = overrides | ({"training.micro_batch_tokens": tokens} if halving else {})

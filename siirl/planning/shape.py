@@ -12,6 +12,9 @@ from pydantic import Field
 
 from siirl.config.schema import NonNegative, Positive, PositiveFloat, Section
 
+Recompute = Literal["none", "selective", "full"]
+"""`training.recompute`."""
+
 Numbers = Literal["float32", "bfloat16"]
 """What a forward pass computes in."""
 
@@ -103,14 +106,19 @@ class ModelShape(Section):
         """Keys and values of one token: 2·L·K·D numbers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
 
-    def saved_bytes(self, numbers: Numbers) -> int:
-        """What one layer keeps of one token for the backward pass, without recomputation.
+    def saved_bytes(self, numbers: Numbers, recompute: Recompute = "none") -> int:
+        """What one layer keeps of one token for the backward pass.
 
         Both norms keep their input and the normalised input; what follows them keeps its input. Norms over D keep
         their input and the normalised one. Attention keeps its operands and result, (2N+2K)·D; the MLP gate, its SiLU,
         up and their product, 4I (each of e experts its own 4J, and a copy of its input). Norms and attention keep a
         float32 statistic a row and head.
+
+        With *selective* recomputation norms keep their input alone, and the MLP gate and up, 2I; with *full* the layer
+        keeps its input.
         """
+        if recompute != "none":
+            return self._kept(numbers, recompute)
         heads = (self.num_heads + self.num_kv_heads) * self.head_dim
         size = 4 if numbers == "float32" else 2
         norms = {"float32": 24, "bfloat16": 16}[numbers] * self.hidden_size
@@ -121,6 +129,17 @@ class ModelShape(Section):
             mlp = self.experts_per_token * each * size + self.num_experts * 4
         rows = 2 + self.num_heads + (self.num_heads + self.num_kv_heads) * self.qk_norm
         return norms + head_norms + 2 * heads * size + mlp + 4 * rows
+
+    def _kept(self, numbers: Numbers, recompute: Recompute) -> int:
+        size = 4 if numbers == "float32" else 2
+        if recompute == "full":
+            return size * self.hidden_size
+        heads = (self.num_heads + self.num_kv_heads) * self.head_dim
+        mlp = 2 * self.intermediate_size
+        if self.num_experts:  # experts keep all of theirs
+            mlp = self.experts_per_token * (4 * self.expert_size + self.hidden_size)
+        attention = (2 + self.qk_norm) * heads * size + 4 * self.num_heads
+        return (2 * self.hidden_size + mlp) * size + attention + 4 * self.num_experts
 
     def forward_flops(self, tokens: float, pairs: float, predicted: float) -> float:
         """Floating-point operations of a forward pass, a multiplication and an addition counting two.

@@ -100,13 +100,13 @@ def _copies(job: Job, mini: Training, prompt: float) -> Floats:
     rows = np.maximum(mini.rows, 1)
     mean = prompt + mini.tokens / rows
     per_group = mini.rows / np.maximum(mini.groups, 1)
-    fitting = np.maximum(1, job.config.training.micro_batch_tokens // mean)
+    fitting = np.maximum(1, job.budget // mean)
     return mini.groups * np.minimum(per_group, np.ceil(per_group / fitting))
 
 
 def _micros(job: Job, mini: Training, prompt: float) -> Floats:
     """Micro-batches on each share."""
-    return np.maximum(1, np.ceil((mini.tokens + mini.rows * prompt) / job.config.training.micro_batch_tokens))
+    return np.maximum(1, np.ceil((mini.tokens + mini.rows * prompt) / job.budget))
 
 
 def _pass(job: Job, model: str, mini: Training, *, backward: bool) -> Floats:
@@ -118,7 +118,8 @@ def _pass(job: Job, model: str, mini: Training, *, backward: bool) -> Floats:
     pairs = copies * prompt * (prompt + 1) / 2 + prompt * mini.tokens + (mini.squares + mini.tokens) / 2
     layers = shape.forward_flops(1, 0, 0) * tokens + shape.forward_flops(0, 1, 0) * pairs
     head = shape.forward_flops(0, 0, 1) * mini.tokens * (model != "critic")
-    flops = layers * (1 + BACKWARD * backward) + head * (1 + (BACKWARD + AGAIN) * backward)
+    again = backward and job.config.training.recompute == "full" and not job.megatron
+    flops = layers * (1 + BACKWARD * backward + again) + head * (1 + (BACKWARD + AGAIN) * backward)
     sustained = cluster.sustained.training if backward else cluster.sustained.inference
     inner = layout.tensor * layout.context * layout.pipeline
     seconds = flops / (inner * cluster.peak(job.config.training.dtype) * sustained)

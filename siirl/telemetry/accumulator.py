@@ -54,6 +54,15 @@ class StepMetrics:
         """Add to a minimum."""
         self._extreme(name, "min", -math.inf if value is None else -value)
 
+    def add(self, other: StepMetrics) -> None:
+        """Add what another one of this worker holds."""
+        for name, kind in other._kinds.items():
+            theirs = other._numbers[name]
+            if _SUMMED[kind]:
+                self._add(name, kind, *theirs)
+            else:
+                self._extreme(name, kind, theirs[0])
+
     def state_dict(self) -> dict[str, Any]:
         """What was added so far, as JSON."""
         return {name: [kind, *self._numbers[name]] for name, kind in self._kinds.items()}

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from siirl.algorithms.aggregation import token_weights
+from siirl.config.memory import check_memory_keys
 from siirl.config.schema import Config, TrainingConfig
 from siirl.data.batch import Batch, Ragged
 from siirl.device.backend import Backend
 from siirl.device.collectives import Collectives
 from siirl.errors import SiirlError
 from siirl.model.critic import ValueModel
-from siirl.model.decoder import Decoder
-from siirl.model.fallback import AnyDecoder
+from siirl.model.fallback import AnyDecoder, TransformersDecoder
 from siirl.telemetry.accumulator import StepMetrics
+from siirl.training.activations import bound_activations
+from siirl.training.budget import TokenBudget
+from siirl.training.containment import Containment
 from siirl.training.losses import Loss
 from siirl.training.microbatch import MicroBatch, dummy, input_lengths, mini_batch_index, pack, split
 from siirl.training.optimizer import lr_factor, make_optimizer
@@ -51,16 +55,24 @@ class TrainingEngine:
         model.to(self._device)
         self.module: nn.Module = CriticModel(model) if isinstance(model, ValueModel) else LogProbModel(model)
         self.sharded = training.sharding == "shard" and collectives.size > 1
+        check_memory_keys(training, collectives.size)
+        self._bounded = bound_activations(model, training, backend)
         decoder = model.decoder if isinstance(model, ValueModel) else model
-        self._autocast = self._dtype != torch.float32 and not self.sharded and not isinstance(decoder, Decoder)
+        unknown = isinstance(decoder, TransformersDecoder)
+        self._autocast = self._dtype != torch.float32 and not self.sharded and unknown
+        containment = None
         if self.sharded:
-            shard(self.module, self._dtype, backend, collectives)
-        elif isinstance(decoder, Decoder):
+            if not unknown:
+                containment = self.module.containment = Containment(model)
+            shard(self.module, self._dtype, backend, collectives, training.cpu_offload)
+        elif not unknown:
             decoder.compute_dtype = self._dtype
+        self.budget = TokenBudget(backend, collectives, self.sharded, containment)
 
     def begin(self, config: Config, lr: float | None) -> None:
         """Begin a stage with a new optimiser; ``lr`` is its peak rate, None for a model that is not trained."""
         self._config, self._lr = config, lr
+        self.budget.begin(config)
         self.model.requires_grad_(lr is not None)
         self.optimizer = None if lr is None else make_optimizer(self.module, config.training, lr)
 
@@ -79,11 +91,15 @@ class TrainingEngine:
     def _infer(self, batch: Batch, mini_batches: int) -> Ragged:
         offsets = batch.ragged("response_ids").offsets
         out = torch.zeros(int(offsets[-1]), dtype=torch.float32)
+
+        def infer(_: int, micro: MicroBatch) -> None:
+            values = self._forward(micro)[0].float().cpu()
+            for row, start, end in zip(micro.rows.tolist(), micro.offsets, micro.offsets[1:], strict=False):
+                out[offsets[row] : offsets[row + 1]] = values[start:end]
+
         for rows in self._mini_batches(batch, mini_batches):
-            for micro in self._micro_batches(batch, rows):
-                values = self._forward(micro)[0].float().cpu()
-                for row, start, end in zip(micro.rows.tolist(), micro.offsets, micro.offsets[1:], strict=False):
-                    out[offsets[row] : offsets[row + 1]] = values[start:end]
+            while not self.budget.fit(self._micro_batches(batch, rows), infer):
+                pass
         return Ragged(out, offsets)
 
     @torch.no_grad()
@@ -100,6 +116,7 @@ class TrainingEngine:
             rows = Ragged.from_lists([torch.tensor(text) for text in texts], torch.int64)
             batch = Batch({"prompt_ids": rows, "response_ids": next_one})
             found = self._compute(pack(batch, torch.arange(len(texts)), self._device), 1.0, True)
+            self.budget.check()
             tokens.append(found[2].cpu())
             log_probs.append(found[0].float().cpu())
             texts = [[*text, int(token)] for text, token in zip(texts, tokens[-1], strict=True)]
@@ -130,25 +147,13 @@ class TrainingEngine:
         self, batch: Batch, rows: Tensor, valid: Tensor, tokens: int, sequences: int, loss: Loss, metrics: StepMetrics
     ) -> None:
         assert self.optimizer is not None
-        updates = self._config.algorithm.mini_batches * self._config.algorithm.epochs
-        micros = self._micro_batches(batch, rows)
-        for i, micro in enumerate(micros):
-            if self.sharded:
-                cast(Any, self.module).set_requires_gradient_sync(i == len(micros) - 1)
-            part = batch.take(micro.rows)
-            weights = token_weights(
-                self._config.algorithm.loss_agg,
-                micro.offsets.diff(),
-                valid[micro.rows],
-                global_tokens=tokens,
-                global_sequences=sequences,
-                max_length=self._config.rollout.max_new_tokens,
-            )
-            outputs = self._forward(micro)
-            value = loss(outputs, part, weights.to(self._device), metrics)
-            # FSDP averages gradients over workers; the loss is normalised over all of them already, so they add up
-            (value * self._collectives.size if self.sharded else value).backward()
-            metrics.sum(f"{self.prefix}/loss", value.item() / updates)
+        while True:
+            micros, seen = self._micro_batches(batch, rows), StepMetrics()
+            learn = partial(self._learn, batch, valid, (tokens, sequences), loss, seen, len(micros) - 1)
+            if self.budget.fit(micros, learn):
+                break
+            self.optimizer.zero_grad(set_to_none=True)
+        metrics.add(seen)
         if not self.sharded:
             sum_gradients(self.module, self._collectives)
         norm = self._clip()
@@ -161,14 +166,43 @@ class TrainingEngine:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def _learn(
+        self,
+        batch: Batch,
+        valid: Tensor,
+        counts: tuple[int, int],
+        loss: Loss,
+        metrics: StepMetrics,
+        last: int,
+        number: int,
+        micro: MicroBatch,
+    ) -> None:
+        """Add a micro-batch's gradients; those of the ``last`` one are reduced over the workers."""
+        if self.sharded:
+            cast(Any, self.module).set_requires_gradient_sync(number == last)
+        weights = token_weights(
+            self._config.algorithm.loss_agg,
+            micro.offsets.diff(),
+            valid[micro.rows],
+            global_tokens=counts[0],
+            global_sequences=counts[1],
+            max_length=self._config.rollout.max_new_tokens,
+        )
+        value = loss(self._forward(micro), batch.take(micro.rows), weights.to(self._device), metrics)
+        # FSDP averages gradients over workers; the loss is normalised over all of them already, so they add up
+        (value * self._collectives.size if self.sharded else value).backward()
+        updates = self._config.algorithm.mini_batches * self._config.algorithm.epochs
+        metrics.sum(f"{self.prefix}/loss", value.item() / updates)
+
     def _forward(self, micro: MicroBatch) -> tuple[Tensor, ...]:
         return self._compute(micro, self._config.rollout.temperature or 1.0)
 
     def _compute(self, *arguments: Any) -> tuple[Tensor, ...]:
-        if not self._autocast:
-            return self.module(*arguments)
-        with self._backend.autocast(self._dtype):
-            return self.module(*arguments)
+        with self._bounded():
+            if not self._autocast:
+                return self.module(*arguments)
+            with self._backend.autocast(self._dtype):
+                return self.module(*arguments)
 
     def _mini_batches(self, batch: Batch, count: int) -> list[Tensor]:
         index = mini_batch_index(batch.dense("slot"), self._config.data.prompts_per_step, count)
@@ -176,8 +210,7 @@ class TrainingEngine:
 
     def _micro_batches(self, batch: Batch, rows: Tensor) -> list[MicroBatch]:
         lengths, prompt_lengths = input_lengths(batch)[rows], batch.lengths("prompt_ids")[rows]
-        slots, budget = batch.dense("slot")[rows], self._config.training.micro_batch_tokens
-        parts = split(lengths, slots, prompt_lengths, budget)
+        parts = split(lengths, batch.dense("slot")[rows], prompt_lengths, self.budget.tokens)
         micros = [pack(batch, rows[part], self._device) for part in parts]
         wanted = max(1, len(micros))  # a worker without rows still names its metrics and has gradients to add
         if self.sharded:  # every pass is a collective: all workers make as many

@@ -8,12 +8,15 @@ from torch import Tensor, nn
 
 from siirl.model.critic import ValueModel
 from siirl.model.decoder import PackedAttention
+from siirl.training.containment import Containment
 from siirl.training.microbatch import MicroBatch
 from siirl_kernels import kernels
 
 
 class LogProbModel(nn.Module):
     """A decoder whose forward pass ends in log-probs, so that sharding gathers the head's weight where it is used."""
+
+    containment: Containment | None = None
 
     def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
@@ -31,11 +34,22 @@ class LogProbModel(nn.Module):
         if greedy:
             tokens_R = nn.functional.linear(hidden, weight).argmax(-1)
             return (*kernels.linear_log_prob(hidden, weight, tokens_R, temperature), tokens_R)
-        return kernels.linear_log_prob(hidden, weight, micro.targets_R, temperature)
+        if self.containment is None:
+            return kernels.linear_log_prob(hidden, weight, micro.targets_R, temperature)
+
+        def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+            return kernels.linear_log_prob(hidden, weight, micro.targets_R, temperature)
+
+        def nothing(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+            return hidden.new_zeros(len(hidden)).float(), hidden.new_zeros(len(hidden)).float()
+
+        return self.containment.call(head, nothing, (), hidden, cast(Tensor, weight))
 
 
 class CriticModel(nn.Module):
     """A value model over micro-batches."""
+
+    containment: Containment | None = None
 
     def __init__(self, decoder: ValueModel) -> None:
         super().__init__()

@@ -52,10 +52,15 @@ def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         yield bucket
 
 
-def shard(module: nn.Module, dtype: torch.dtype, backend: Backend, collectives: Collectives) -> None:
-    """Shard the parameters over the workers (FSDP2), one unit per layer; compute in ``dtype``, reduce in float32."""
+def shard(
+    module: nn.Module, dtype: torch.dtype, backend: Backend, collectives: Collectives, on_host: bool = False
+) -> None:
+    """Shard the parameters over the workers (FSDP2), one unit per layer; compute in ``dtype``, reduce in float32.
+
+    ``on_host``: each worker's part, its gradient and what the optimiser has lie in the host's memory.
+    """
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # a second to import
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard  # a second
 
     group = collectives.group  # None: all workers of the run
     mesh = None if group is None else DeviceMesh.from_group(group, backend.device().type)
@@ -64,7 +69,8 @@ def shard(module: nn.Module, dtype: torch.dtype, backend: Backend, collectives: 
         if dtype != torch.float32
         else MixedPrecisionPolicy()
     )
+    offload = CPUOffloadPolicy(pin_memory=backend.capabilities().pin_memory) if on_host else OffloadPolicy()
     blocks = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
     for block in (b for layers in blocks for b in layers):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)

@@ -22,6 +22,7 @@ from siirl.rollout.engine import NativeEngine
 from siirl.rollout.graphs import recorder
 from siirl.rollout.probe import BOUNDS, Answers, Probe, compare
 from siirl.rollout.sampling import Sampling
+from siirl.training.budget import share_memory
 from siirl.training.fsdp import TrainingEngine
 
 # vLLM is started for sequences of at least so many tokens: probes use prompts of their own
@@ -109,6 +110,7 @@ class Models:
             self.engines["critic"] = self._engine(critic, "critic")
             lr = config.training.lr if config.training.critic_lr is None else config.training.critic_lr
             self.engines["critic"].begin(config, lr)
+        share_memory(self.engines, config, self._backend)
         self.sync_rollout()
 
     def sync_rollout(self) -> None:

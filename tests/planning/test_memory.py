@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from siirl.dag import Step
 from siirl.model.decoder import Decoder, PackedAttention
 from siirl.model.families import tiny_config
 from siirl.model.paths import check_path
+from siirl.model.recompute import Selective, recompute_layers, selective
 from siirl.planning.job import Job
 from siirl.planning.memory import cache_rows, memory_of
 from siirl.planning.models import find_shape
-from siirl.planning.shape import Numbers
+from siirl.planning.shape import Numbers, Recompute
 from siirl.rollout.state import cache_shape
 from siirl.training.optimizer import make_optimizer
 from siirl_kernels import bind, resolved
@@ -41,7 +43,7 @@ def step(job: Job, op: str) -> Step:
     return next(s for s in job.steps if op in (s.op, s.kind))
 
 
-def kept_for_backward(module: Decoder, lengths: list[int]) -> int:
+def kept_for_backward(module: Decoder, lengths: list[int], patch: pytest.MonkeyPatch, mode: Recompute = "none") -> int:
     """Bytes of the tensors that a forward pass saves, weights and what is computed once left out."""
     weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
     rows: dict[int, int] = {}
@@ -54,9 +56,20 @@ def kept_for_backward(module: Decoder, lengths: list[int]) -> int:
             alive.append(tensor)
         return tensor
 
+    def pack_selected(self: Selective, tensor: Tensor) -> object:
+        packed = own_pack(self, tensor)
+        return pack(packed) if isinstance(packed, Tensor) else packed
+
+    own_pack = Selective.pack
+    patch.setattr(Selective, "pack", pack_selected)
+    if mode == "full":
+        recompute_layers(module)
     sequences = PackedSequences(tuple(lengths), torch.device("cpu"))
     tokens = torch.arange(sum(lengths)) % 99
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        selective() if mode == "selective" else nullcontext(),
+    ):
         module(tokens, sequences.positions, PackedAttention(sequences))
     return sum(rows.values())
 
@@ -73,16 +86,19 @@ def _references() -> Iterator[None]:
 @pytest.mark.usefixtures("_references")
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("numbers", ["float32", "bfloat16"])
-def test_a_layer_keeps_what_the_formula_says(architecture: str, numbers: Numbers) -> None:
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_a_layer_keeps_what_the_formula_says(
+    architecture: str, numbers: Numbers, mode: Recompute, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lengths = [64] * 5
     kept = []
     for layers in (1, 2):
         module = decoder(f"tiny:{architecture}:128:{layers}:128")
         if numbers == "bfloat16":
             module.bfloat16()
-        kept.append(kept_for_backward(module, lengths))
+        kept.append(kept_for_backward(module, lengths, monkeypatch, mode))
     shape = find_shape(f"tiny:{architecture}:128:1:128")
-    assert kept[1] - kept[0] == shape.saved_bytes(numbers) * sum(lengths)
+    assert kept[1] - kept[0] == shape.saved_bytes(numbers, mode) * sum(lengths)
 
 
 def test_weights_gradients_and_optimiser_states_are_those_of_a_trained_module() -> None:

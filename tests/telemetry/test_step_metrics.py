@@ -116,3 +116,18 @@ def test_a_name_has_one_kind() -> None:
     metrics.mean("reward/mean", 1.0, 1)
     with pytest.raises(ValueError, match=r"reward/mean is a mean and cannot also be a max"):
         metrics.max("reward/mean", 1.0)
+
+
+def test_what_one_holds_can_be_added_to_another() -> None:
+    metrics, attempt = StepMetrics(), StepMetrics()
+    for held, values in ((metrics, (1.0, 2.0)), (attempt, (6.0,))):
+        for value in values:
+            held.mean("mean", value, 1)
+            held.sum("sum", value)
+            held.std("std", value, value**2, 1)
+            held.max("max", value)
+            held.min("min", value)
+    attempt.max("new", None)
+    metrics.add(attempt)
+    reduced = metrics.reduce(Collectives.single())
+    assert reduced == pytest.approx({"mean": 3.0, "sum": 9.0, "std": (14 / 3) ** 0.5, "max": 6.0, "min": 1.0})
