@@ -43,7 +43,7 @@ class LogProbModel(nn.Module):
         def nothing(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
             return hidden.new_zeros(len(hidden)).float(), hidden.new_zeros(len(hidden)).float()
 
-        return self.containment.call(head, nothing, (), hidden, cast(Tensor, weight))
+        return self.containment.call(head, nothing, (), hidden, weight)
 
 
 class CriticModel(nn.Module):
