@@ -35,6 +35,9 @@ RUN_KEYS: set[KeyPath] = {
     ("run_dir",),
     ("model", "path"),
     ("model", "initializer_range"),
+    ("model", "lora", "alpha"),
+    ("model", "lora", "rslora"),
+    ("model", "lora", "targets"),
 }
 
 

@@ -16,6 +16,7 @@ from siirl.device.collectives import Collectives
 from siirl.errors import SiirlError
 from siirl.model.critic import ValueModel
 from siirl.model.fallback import AnyDecoder
+from siirl.model.lora import begin_adapters, is_adapter, merged_weights
 from siirl.telemetry.accumulator import StepMetrics
 from siirl.training.losses import Loss
 from siirl.training.microbatch import MicroBatch, dummy, input_lengths, mini_batch_index, pack, split
@@ -55,7 +56,7 @@ class TrainingEngine:
     def begin(self, config: Config, lr: float | None) -> None:
         """Begin a stage with a new optimiser; ``lr`` is its peak rate, None for a model that is not trained."""
         self._config, self._lr = config, lr
-        self.model.requires_grad_(lr is not None)
+        begin_adapters(self.model, lr is not None, adapters=config.model.lora.rank > 0)
         self.optimizer = None if lr is None else make_optimizer(self.module, config.training, lr)
 
     def log_probs(self, batch: Batch, mini_batches: int) -> Ragged:
@@ -187,7 +188,16 @@ class TrainingEngine:
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
         return float(whole(norm))
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The model's parameters by their own names, gathered whole one at a time where they are sharded."""
+    def named_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The model's weights by their own names, gathered whole one at a time where they are sharded.
+
+        Adapters are merged into what they adapt, each part rounded to ``dtype`` before where one is given.
+        """
+        for name, tensor in merged_weights(self.model, whole, dtype):
+            yield name, self._backend.to_canonical(tensor)
+
+    def parts(self, *, adapters: bool) -> Iterator[tuple[str, Tensor]]:
+        """As :meth:`named_weights`, unmerged: the adapters' matrices, or all but those."""
         for name, parameter in self.model.named_parameters():
-            yield name, self._backend.to_canonical(whole(parameter))
+            if is_adapter(name) == adapters:
+                yield name, self._backend.to_canonical(whole(parameter))
