@@ -69,7 +69,7 @@ def _resident(job: Job) -> Terms:
     """What stays on the device through a step: weights, optimiser states, the rollout engine's copy."""
     terms: Terms = {"weights": 0.0, "optimiser": 0.0}
     states = 8 if job.config.training.optimizer == "adamw" else 0
-    for model in dict.fromkeys(("actor", *job.models)):
+    for model in job.resident:
         trained = model in job.trained
         if job.megatron:
             # bf16 weights 2; the distributed optimiser keeps float32 masters and two moments, 12 / data
@@ -80,9 +80,9 @@ def _resident(job: Job) -> Terms:
                 spread = dense / copies + experts / max(1, copies / job.training.expert)
                 terms["optimiser"] += (states + (4 if job.itemsize < 4 else 0)) * spread
             continue
-        parameters = job.parameters(model) / (job.workers if job.sharded else 1)
-        terms["weights"] += 4 * parameters
-        terms["optimiser"] += states * parameters * trained
+        parts = job.workers if job.sharded else 1
+        terms["weights"] += 4 * (job.parameters(model) + job.adapters(model)) / parts
+        terms["optimiser"] += states * job.trainable(model) / parts * trained
     if job.generates and not job.shared_weights:
         terms["rollout"] = job.itemsize * job.actor.parameters / job.rollout.tensor
     if job.cluster.device.unified:
@@ -156,7 +156,8 @@ def _logits(job: Job, model: str, *, backward: bool) -> float:
     if not backward:
         return 4 * 3 * chunk
     kept = elements if elements <= KEPT_CHUNKS * CHUNK else 0.0
-    return 4 * (3 * chunk + kept) + 4 * shape.embedding_parameters / job.training.tensor
+    projection = 0 if job.adapted else 4 * shape.embedding_parameters
+    return 4 * (3 * chunk + kept) + projection / job.training.tensor
 
 
 def _gathered(job: Job, model: str) -> float:
@@ -202,13 +203,14 @@ def saved_bytes(job: Job, model: str) -> float:
 
 def _update(job: Job, model: str) -> Terms:
     shape, config = job.shapes[model], job.config
-    parameters = float(job.parameters(model))
+    parameters = float(job.trainable(model))
     weights = _gathered(job, model) + (job.itemsize * _matrices(job, model) if _copies(job) else 0.0)
     if job.megatron:
         gradients = 4 * sum(split_parameters(job, model))
     elif job.sharded:
         # gradients wait whole, in float32, until the last micro-batch's backward pass reduces and scatters them
-        whole = parameters if micro_batches(job) > 1 else 2 * shape.layer_parameters
+        layer = job.adapters(model) / shape.num_layers if job.adapted else shape.layer_parameters
+        whole = parameters if micro_batches(job) > 1 else 2 * layer
         gradients = 4 * whole + 4 * parameters / job.workers
     else:
         gradients = 4 * parameters + (4 * min(parameters, BUCKET) if job.workers > 1 else 0)

@@ -177,7 +177,7 @@ def _gradients(job: Job, model: str) -> float:
         parameters = sum(split_parameters(job, model))
         scatter = reduce_scatter(cluster, group, 4 * parameters, job.workers)
         return scatter + reduce_scatter(cluster, group, job.itemsize * parameters, job.workers)
-    size = 4.0 * job.parameters(model)
+    size = 4.0 * job.trainable(model)
     collective = reduce_scatter if job.sharded else all_reduce
     return collective(cluster, Group(job.workers), size, job.workers) if job.workers > 1 else 0.0
 
@@ -185,7 +185,7 @@ def _gradients(job: Job, model: str) -> float:
 def _optimiser(job: Job, model: str) -> float:
     cluster = job.cluster
     each = ADAMW_BYTES if job.config.training.optimizer == "adamw" else SGD_BYTES
-    parameters = float(job.parameters(model))
+    parameters = float(job.trainable(model))
     if job.megatron:
         parameters = sum(split_parameters(job, model)) / (job.training.data * job.training.context)
     elif job.sharded:
