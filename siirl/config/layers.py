@@ -23,6 +23,7 @@ RUN_KEYS: set[KeyPath] = {
     ("training", "engine"),
     ("training", "dtype"),
     ("training", "sharding"),
+    ("training", "compile"),
     ("training", "deterministic"),
     ("rollout", "engine"),
     ("rollout", "max_sequences"),

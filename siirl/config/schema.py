@@ -179,7 +179,9 @@ class TrainingConfig(Section):
 
     engine: Literal["fsdp", "megatron"] = Field("fsdp", description="what trains")
     steps: Positive = Field(100, description="steps of the stage")
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "sgd"] = Field(
+        "adamw", description="adamw8bit: with states of 8 bits, by torchao (the extra adamw8bit)"
+    )
     lr: NonNegativeFloat = Field(1e-6, description="peak learning rate")
     critic_lr: NonNegativeFloat | None = Field(None, description="default: lr")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
@@ -194,6 +196,7 @@ class TrainingConfig(Section):
     sharding: Literal["replicate", "shard"] = Field(
         "replicate", description="shard: FSDP2; replicate: plain data parallel"
     )
+    compile: bool = Field(False, description="compile the layers of training with torch.compile")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     deterministic: bool = Field(True, description="ask the device for repeatable operators")
 

@@ -18,6 +18,8 @@ TERMS = ("weights", "optimiser", "gradients", "rollout", "kv cache", "activation
 
 # Elements of a chunk of logits, and how many chunks are kept: `kernels/siirl_kernels/linear_log_prob.py`.
 CHUNK, KEPT_CHUNKS = 16 * 2**20, 2
+# Bytes of a parameter's states; of 8 bits with a float32 scale for 256.
+STATES = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256, "sgd": 0.0}
 # Elements of a bucket of gradients: `siirl/training/fsdp.py`.
 BUCKET = 64 * 2**20
 
@@ -68,7 +70,7 @@ def split_parameters(job: Job, model: str) -> tuple[float, float]:
 def _resident(job: Job) -> Terms:
     """What stays on the device through a step: weights, optimiser states, the rollout engine's copy."""
     terms: Terms = {"weights": 0.0, "optimiser": 0.0}
-    states = 8 if job.config.training.optimizer == "adamw" else 0
+    states = STATES[job.config.training.optimizer]
     for model in job.resident:
         trained = model in job.trained
         if job.megatron:

@@ -19,7 +19,7 @@ from siirl.planning.workload import Floats
 ASSIGN_S_PER_ROW = 1e-7
 PACK_BANDWIDTH = 4e9
 # Bytes that AdamW reads and writes a parameter: weight, gradient and two moments in, all but the gradient out.
-ADAMW_BYTES, SGD_BYTES = 28, 12
+OPTIMISER_BYTES = {"adamw": 28, "adamw8bit": 16, "sgd": 12}
 # A backward pass is two forward passes' products; the projection to the vocabulary is computed again for it.
 BACKWARD, AGAIN = 2, 1
 
@@ -184,7 +184,7 @@ def _gradients(job: Job, model: str) -> float:
 
 def _optimiser(job: Job, model: str) -> float:
     cluster = job.cluster
-    each = ADAMW_BYTES if job.config.training.optimizer == "adamw" else SGD_BYTES
+    each = OPTIMISER_BYTES[job.config.training.optimizer]
     parameters = float(job.trainable(model))
     if job.megatron:
         parameters = sum(split_parameters(job, model)) / (job.training.data * job.training.context)

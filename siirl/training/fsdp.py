@@ -20,7 +20,7 @@ from siirl.model.lora import begin_adapters, is_adapter, merged_weights
 from siirl.telemetry.accumulator import StepMetrics
 from siirl.training.losses import Loss
 from siirl.training.microbatch import MicroBatch, dummy, input_lengths, mini_batch_index, pack, split
-from siirl.training.optimizer import lr_factor, make_optimizer
+from siirl.training.optimizer import lr_factor, make_optimizer, set_rate
 from siirl.training.outputs import CriticModel, LogProbModel
 from siirl.training.sharding import shard, sum_gradients, whole
 
@@ -112,14 +112,14 @@ class TrainingEngine:
         assert self.optimizer is not None and self._lr is not None, "this model is not trained"
         algorithm = self._config.algorithm
         for group in self.optimizer.param_groups:
-            group["lr"] = self._lr * lr_factor(step, self._config.training)
+            set_rate(group, self._lr * lr_factor(step, self._config.training))
         minis = self._mini_batches(batch, algorithm.mini_batches)
         valid = ~batch.dense("failed") if "failed" in batch else torch.ones(len(batch), dtype=torch.bool)
         counts = self._global_counts(batch, minis, valid)
         for _ in range(algorithm.epochs):
             for rows, (tokens, sequences) in zip(minis, counts, strict=True):
                 self._update_once(batch, rows, valid, tokens, sequences, loss, metrics)
-        metrics.mean(f"{self.prefix}/lr", self.optimizer.param_groups[0]["lr"], 1)
+        metrics.mean(f"{self.prefix}/lr", float(self.optimizer.param_groups[0]["lr"]), 1)
 
     def _update_once(
         self, batch: Batch, rows: Tensor, valid: Tensor, tokens: int, sequences: int, loss: Loss, metrics: StepMetrics

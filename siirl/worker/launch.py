@@ -103,6 +103,7 @@ def check(resolved: Resolved) -> None:
         if ":" not in config.reward.function:
             resolve_reward(choose(config.reward.function, None), config.reward.params)
         _check_engines(stage)
+        _check_optimizer(config)
 
 
 def _check_engines(stage: Stage) -> None:
@@ -118,6 +119,21 @@ def _check_engines(stage: Stage) -> None:
         raise RequestError(
             f"rollout.min_new_tokens is {rollout.min_new_tokens}, more than rollout.max_new_tokens, which is "
             f"{rollout.max_new_tokens}"
+        )
+
+
+def _check_optimizer(config: Config) -> None:
+    if config.training.optimizer != "adamw8bit":
+        return
+    if importlib.util.find_spec("torchao") is None:
+        raise RequestError(
+            "training.optimizer is 'adamw8bit', which needs torchao, and that is not installed: "
+            "pip install 'siirl[adamw8bit]', or set training.optimizer=adamw"
+        )
+    if config.training.sharding == "shard":
+        raise RequestError(
+            "training.optimizer is 'adamw8bit', whose states cannot be saved in shards; set training.optimizer=adamw, "
+            "or training.sharding=replicate"
         )
 
 
