@@ -11,8 +11,8 @@ from siirl.training.optimizer import set_rate
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """State tensors as ``PARAMETER.KEY``: the live ones, so that filling them restores the optimiser.
 
-    An optimiser that has not stepped yet has no state; it is made to hold zeros first. A state of 8 bits is two tensors,
-    ``PARAMETER.KEY.codes`` and ``PARAMETER.KEY.scale``.
+    An optimiser that has not stepped yet has no state; it is made to hold zeros first. A state of 8 bits is two
+    tensors, ``PARAMETER.KEY.codes`` and ``PARAMETER.KEY.scale``.
     """
     _materialize(optimizer)
     return {

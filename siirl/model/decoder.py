@@ -75,11 +75,16 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, attention: Attention) -> Tensor:
+        q_TND, k_TKD, v_TKD = self.project(x_TH, cos_TD, sin_TD)
+        out_TND = attention(self.layer, q_TND, k_TKD, v_TKD)
+        return self.o_proj(out_TND.reshape(x_TH.shape[0], -1))
+
+    def project(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [T, N, D] and keys, and values, [T, K, D] each."""
         heads = (x_TH.shape[0], -1, self.head_dim)
         q_TND = kernels.rope(self.q_norm(self.q_proj(x_TH).view(heads)), cos_TD, sin_TD)
         k_TKD = kernels.rope(self.k_norm(self.k_proj(x_TH).view(heads)), cos_TD, sin_TD)
-        out_TND = attention(self.layer, q_TND, k_TKD, self.v_proj(x_TH).view(heads))
-        return self.o_proj(out_TND.reshape(x_TH.shape[0], -1))
+        return q_TND, k_TKD, self.v_proj(x_TH).view(heads)
 
 
 class MLP(nn.Module):

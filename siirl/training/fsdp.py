@@ -18,6 +18,7 @@ from siirl.model.critic import ValueModel
 from siirl.model.fallback import AnyDecoder
 from siirl.model.lora import begin_adapters, is_adapter, merged_weights
 from siirl.telemetry.accumulator import StepMetrics
+from siirl.training.compiled import compile_layers
 from siirl.training.losses import Loss
 from siirl.training.microbatch import MicroBatch, dummy, input_lengths, mini_batch_index, pack, split
 from siirl.training.optimizer import lr_factor, make_optimizer, set_rate
@@ -52,6 +53,8 @@ class TrainingEngine:
         self.sharded = training.sharding == "shard" and collectives.size > 1
         if self.sharded:
             shard(self.module, self._dtype, backend, collectives)
+        if training.compile:
+            compile_layers(model)
 
     def begin(self, config: Config, lr: float | None) -> None:
         """Begin a stage with a new optimiser; ``lr`` is its peak rate, None for a model that is not trained."""

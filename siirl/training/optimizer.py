@@ -13,7 +13,10 @@ from siirl.training.adamw8bit import adamw8bit
 
 
 def make_optimizer(module: nn.Module, config: TrainingConfig, lr: float) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101), perhaps with states of 8 bits, or plain SGD; weight decay reaches matrices only, not norms and biases."""
+    """AdamW (arXiv 1711.05101), perhaps with states of 8 bits, or plain SGD.
+
+    Weight decay reaches matrices only, not norms and biases.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},

@@ -115,6 +115,8 @@ def _check_engines(stage: Stage) -> None:
     rollout, key = config.rollout, "rollout.batch_invariant"
     if rollout.batch_invariant and (rollout.engine, config.training.dtype) != ("native", "float32"):
         raise RequestError(f"{key} needs rollout.engine=native and training.dtype=float32; set {key}=false")
+    if rollout.batch_invariant and config.training.compile:
+        raise RequestError(f"{key} cannot hold where training is compiled; set training.compile=false or {key}=false")
     if rollout.min_new_tokens > rollout.max_new_tokens:
         raise RequestError(
             f"rollout.min_new_tokens is {rollout.min_new_tokens}, more than rollout.max_new_tokens, which is "
