@@ -58,10 +58,11 @@ class LinearLogProb(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None
-    ) -> tuple[Tensor, Tensor, None, None]:
+    ) -> tuple[Tensor, Tensor | None, None, None]:
         hidden, weight, target, entropy, *kept = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # hundreds of chunks would round away in bfloat16
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        if ctx.needs_input_grad[1]:  # in float32: hundreds of chunks would round away in bfloat16
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         if grad_log_prob is None:
             grad_log_prob = torch.zeros_like(entropy)
         for i, (start, end) in enumerate(chunks(hidden.shape[0], weight.shape[0])):
@@ -76,8 +77,10 @@ class LinearLogProb(torch.autograd.Function):
                 grad /= ctx.temperature
             grad = grad.to(hidden.dtype)
             grad_hidden[start:end] = grad @ weight
+            if grad_weight is None:
+                continue
             if weight.dtype == torch.float32:
                 grad_weight.addmm_(grad.t(), hidden[start:end])
             else:
                 grad_weight += grad.t() @ hidden[start:end]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None

@@ -23,6 +23,7 @@ RUN_KEYS: set[KeyPath] = {
     ("training", "engine"),
     ("training", "dtype"),
     ("training", "sharding"),
+    ("training", "compile"),
     ("training", "deterministic"),
     ("rollout", "engine"),
     ("rollout", "max_sequences"),
@@ -35,6 +36,9 @@ RUN_KEYS: set[KeyPath] = {
     ("run_dir",),
     ("model", "path"),
     ("model", "initializer_range"),
+    ("model", "lora", "alpha"),
+    ("model", "lora", "rslora"),
+    ("model", "lora", "targets"),
 }
 
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from siirl.config import keys, paths
 from siirl.config import overrides as given
-from siirl.config.layers import Layer, algorithm_defaults, read_recipe
+from siirl.config.layers import Layer, Recipe, algorithm_defaults, read_recipe
 from siirl.config.schema import Config
 from siirl.config.yaml import dump_yaml
 from siirl.errors import RequestError, did_you_mean
@@ -65,6 +65,7 @@ def load(
         Stage(name, _stage_config(recipe.main, main, overlay, pipeline_defaults))
         for name, overlay in [*overlays, ("main", Layer())]
     ]
+    _check_ranks(stages, recipe)
     return Resolved(file, tuple(stages))
 
 
@@ -84,6 +85,17 @@ def _stage_config(recipe: Layer, main: list[given.Override], overlay: Layer, def
     if defaults and "pipeline" not in overlay.data:
         layer = layer.over(algorithm_defaults(layer))
     return _validated(layer)
+
+
+def _check_ranks(stages: list[Stage], recipe: Recipe) -> None:
+    """A warm-up trains the run's adapters, or all weights: the adapters are made once."""
+    rank = stages[-1].config.model.lora.rank
+    for stage, overlay in zip(stages, recipe.warmup, strict=False):
+        own = stage.config.model.lora.rank
+        if own not in (0, rank):
+            allowed = f"{rank} as in the main stage, or 0" if rank else "0 as in the main stage"
+            where = overlay.where(("model", "lora", "rank"))
+            raise RequestError(f"{where}: model.lora.rank is {own}; in a warm-up it must be {allowed}")
 
 
 def _validated(layer: Layer) -> Config:

@@ -30,3 +30,8 @@ def check_memory_keys(training: TrainingConfig, workers: int) -> None:
             "training.offload_activations moves what layers keep, and training.recompute=selective holds on to it; "
             "set training.recompute=none or full"
         )
+    if training.recompute == "selective" and training.compile:
+        raise RequestError(
+            "training.compile makes layers' cheap ops part of graphs that decide for themselves what they keep; set "
+            "training.recompute=none or full, or training.compile=false"
+        )

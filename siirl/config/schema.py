@@ -22,6 +22,22 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
 
+LoRATarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class LoRAConfig(Section):
+    """Adapters of low rank beside frozen weights, for the actor and the critic: [LoRA](lora.md)."""
+
+    rank: NonNegative = Field(0, description="of the adapters; 0: all weights are trained")
+    alpha: PositiveFloat = Field(32.0, description="an adapter is multiplied by alpha / rank")
+    rslora: bool = Field(False, description="by alpha / √rank instead")
+    targets: list[LoRATarget] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        min_length=1,
+        description="linear layers with an adapter",
+    )
+
+
 class ModelConfig(Section):
     """The policy, and what the reference and the critic start from."""
 
@@ -30,6 +46,7 @@ class ModelConfig(Section):
     critic: str | None = Field(None, description="path of the critic's backbone; the actor's start when absent")
     trust_remote_code: bool = Field(False, description="run Python code that comes with a checkpoint")
     initializer_range: PositiveFloat = Field(0.02, description="standard deviation of `tiny:` weights")
+    lora: LoRAConfig = Field(default_factory=LoRAConfig)
 
 
 class DataConfig(Section):
@@ -162,7 +179,9 @@ class TrainingConfig(Section):
 
     engine: Literal["fsdp", "megatron"] = Field("fsdp", description="what trains")
     steps: Positive = Field(100, description="steps of the stage")
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "sgd"] = Field(
+        "adamw", description="adamw8bit: with states of 8 bits, by torchao (the extra adamw8bit)"
+    )
     lr: NonNegativeFloat = Field(1e-6, description="peak learning rate")
     critic_lr: NonNegativeFloat | None = Field(None, description="default: lr")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
@@ -186,6 +205,7 @@ class TrainingConfig(Section):
         "none", description="activations computed again in the backward pass: none, the cheap ones, or whole layers"
     )
     offload_activations: bool = Field(False, description="activations wait for the backward pass in the host's memory")
+    compile: bool = Field(False, description="compile the layers of training with torch.compile")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     deterministic: bool = Field(True, description="ask the device for repeatable operators")
 

@@ -79,12 +79,16 @@ class SelfAttention(nn.Module):
     def forward(
         self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, attention: Attention, keep_S: Tensor | None = None
     ) -> Tensor:
+        q_TND, k_TKD, v_TKD = self.project(x_TH, cos_TD, sin_TD)
+        out_TO = attention(self.layer, q_TND, k_TKD, v_TKD).reshape(x_TH.shape[0], -1)
+        return self.o_proj(out_TO if keep_S is None else out_TO.index_select(0, keep_S))
+
+    def project(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [T, N, D] and keys, and values, [T, K, D] each."""
         heads = (x_TH.shape[0], -1, self.head_dim)
         q_TND = kernels.rope(self.q_norm(self.q_proj(x_TH).view(heads)), cos_TD, sin_TD)
         k_TKD = kernels.rope(self.k_norm(self.k_proj(x_TH).view(heads)), cos_TD, sin_TD)
-        out_TND = attention(self.layer, q_TND, k_TKD, self.v_proj(x_TH).view(heads))
-        out_TO = out_TND.reshape(x_TH.shape[0], -1)
-        return self.o_proj(out_TO if keep_S is None else out_TO.index_select(0, keep_S))
+        return q_TND, k_TKD, self.v_proj(x_TH).view(heads)
 
 
 class MLP(nn.Module):

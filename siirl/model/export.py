@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from siirl.config.schema import LoRAConfig
 from siirl.model.decoder import Decoder
 from siirl.model.fallback import TransformersDecoder
 from siirl.model.families import transformers_config
@@ -55,6 +58,35 @@ def save_pretrained(
         pad_token_id=model.config.pad_token_id,
     ).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def save_adapter(adapters: Mapping[str, Tensor], lora: LoRAConfig, base: str, directory: str | Path) -> None:
+    """Write an adapter in the file format of PEFT 0.19: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Args:
+        adapters: whole tensors by the decoder's parameter names.
+        lora: how they were trained.
+        base: path or id of the model that they adapt.
+        directory: made if missing.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "use_rslora": lora.rslora,
+        "target_modules": sorted(lora.targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {f"base_model.model.{name}.weight": _own(tensor.detach().cpu()) for name, tensor in adapters.items()}
+    save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
 
 
 def _own(tensor: Tensor) -> Tensor:

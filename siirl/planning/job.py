@@ -115,7 +115,7 @@ class Job:
     @property
     def shared_weights(self) -> bool:
         """Whether the rollout engine computes with training's own tensors."""
-        native = self.config.rollout.engine == "native" and not self.megatron
+        native = self.config.rollout.engine == "native" and not self.megatron and not self.adapted
         return native and not self.sharded and self.config.training.dtype == "float32"
 
     @cached_property
@@ -133,6 +133,17 @@ class Job:
         return auto_tokens(self.actor, models, config.training, memory, shards, longest, unified=device.unified)
 
     @property
+    def adapted(self) -> bool:
+        """Whether adapters are trained, beside weights that stay."""
+        return self.config.model.lora.rank > 0
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """Models with weights of their own: a reference that is the actor without its adapters has none."""
+        shared = self.adapted and self.config.model.reference is None
+        return tuple(name for name in dict.fromkeys(("actor", *self.models)) if name != "reference" or not shared)
+
+    @property
     def trained(self) -> tuple[str, ...]:
         """Models that an `update` of the plan trains."""
         return tuple(dict.fromkeys(step.model for step in self.steps if step.op == "update" and step.model))
@@ -140,6 +151,16 @@ class Job:
     def parameters(self, model: str) -> int:
         """Of a whole model."""
         return self.shapes[model].critic_parameters if model == "critic" else self.shapes[model].parameters
+
+    def adapters(self, model: str) -> int:
+        """Parameters of a model's adapters; the reference has none."""
+        lora = self.config.model.lora
+        return 0 if model == "reference" else self.shapes[model].adapter_parameters(lora.rank, lora.targets)
+
+    def trainable(self, model: str) -> int:
+        """Parameters that are optimised: all, or those of the adapters and of a critic's head."""
+        head = self.shapes[model].hidden_size * (model == "critic")
+        return self.adapters(model) + head if self.adapted else self.parameters(model)
 
     def prompts(self, shares: int) -> int:
         """Prompts of the fullest of so many shares."""

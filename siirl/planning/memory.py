@@ -17,6 +17,8 @@ Terms = dict[str, float]
 
 TERMS = ("weights", "optimiser", "gradients", "rollout", "kv cache", "activations", "head", "buffers")
 
+# Bytes of a parameter's states; of 8 bits with a float32 scale for 256.
+STATES = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256, "sgd": 0.0}
 # Elements of a bucket of gradients: `siirl/training/fsdp.py`.
 BUCKET = 64 * 2**20
 
@@ -67,8 +69,8 @@ def split_parameters(job: Job, model: str) -> tuple[float, float]:
 def _resident(job: Job) -> Terms:
     """What stays on the device through a step: weights, optimiser states, the rollout engine's copy."""
     terms: Terms = {"weights": 0.0, "optimiser": 0.0}
-    states = 8 if job.config.training.optimizer == "adamw" else 0
-    for model in dict.fromkeys(("actor", *job.models)):
+    states = STATES[job.config.training.optimizer]
+    for model in job.resident:
         trained = model in job.trained
         if job.megatron:
             # bf16 weights 2; the distributed optimiser keeps float32 masters and two moments, 12 / data
@@ -81,9 +83,9 @@ def _resident(job: Job) -> Terms:
             continue
         if job.on_host:
             continue
-        parameters = job.parameters(model) / (job.workers if job.sharded else 1)
-        terms["weights"] += 4 * parameters
-        terms["optimiser"] += states * parameters * trained
+        parts = job.workers if job.sharded else 1
+        terms["weights"] += 4 * (job.parameters(model) + job.adapters(model)) / parts
+        terms["optimiser"] += states * job.trainable(model) / parts * trained
     if job.generates and not job.shared_weights:
         terms["rollout"] = job.itemsize * job.actor.parameters / job.rollout.tensor
     if job.cluster.device.unified:
@@ -154,7 +156,8 @@ def _logits(job: Job, model: str, *, backward: bool) -> float:
     if not backward:
         return 4 * 3 * chunk
     kept = elements if elements <= KEPT_CHUNKS * CHUNK else 0.0
-    return 4 * (3 * chunk + kept) + 4 * shape.embedding_parameters / job.training.tensor
+    projection = 0 if job.adapted else 4 * shape.embedding_parameters
+    return 4 * (3 * chunk + kept) + projection / job.training.tensor
 
 
 def _gathered(job: Job, model: str) -> float:
@@ -202,13 +205,14 @@ def saved_bytes(job: Job, model: str) -> float:
 
 def _update(job: Job, model: str) -> Terms:
     shape, config = job.shapes[model], job.config
-    parameters = float(job.parameters(model))
+    parameters = float(job.trainable(model))
     weights = _gathered(job, model) + (job.itemsize * _matrices(job, model) if _copies(job) else 0.0)
     if job.megatron:
         gradients = 4 * sum(split_parameters(job, model))
     elif job.sharded:
         # gradients wait whole, in float32, until the last micro-batch's backward pass reduces and scatters them
-        whole = parameters if micro_batches(job) > 1 else 2 * shape.layer_parameters
+        layer = job.adapters(model) / shape.num_layers if job.adapted else shape.layer_parameters
+        whole = parameters if micro_batches(job) > 1 else 2 * layer
         gradients = 4 * whole + 4 * parameters / job.workers * (not job.on_host)
     else:
         gradients = 4 * parameters + (4 * min(parameters, BUCKET) if job.workers > 1 else 0)

@@ -6,6 +6,7 @@ key/value heads, D head size, V vocabulary, E experts of which each token uses e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -86,6 +87,15 @@ class ModelShape(Section):
     def critic_parameters(self) -> int:
         """Of a value model on this backbone: no output projection of its own, a head of H."""
         return self.parameters - self.head_parameters + self.hidden_size
+
+    def adapter_parameters(self, rank: int, targets: Sequence[str]) -> int:
+        """Of LoRA: rank · (inputs + outputs) of each adapted matrix of each layer; the experts' have none."""
+        hidden, queries, keys = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        widths = {"q_proj": hidden + queries, "o_proj": hidden + queries, "k_proj": hidden + keys}
+        widths["v_proj"] = widths["k_proj"]
+        if not self.num_experts:
+            widths |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), hidden + self.intermediate_size)
+        return self.num_layers * rank * sum(widths.get(name, 0) for name in targets)
 
     @property
     def active_matrices(self) -> int:

@@ -19,7 +19,7 @@ from siirl.planning.workload import Floats
 ASSIGN_S_PER_ROW = 1e-7
 PACK_BANDWIDTH = 4e9
 # Bytes that AdamW reads and writes a parameter: weight, gradient and two moments in, all but the gradient out.
-ADAMW_BYTES, SGD_BYTES = 28, 12
+OPTIMISER_BYTES = {"adamw": 28, "adamw8bit": 16, "sgd": 12}
 # A backward pass is two forward passes' products; the projection to the vocabulary is computed again for it.
 BACKWARD, AGAIN = 2, 1
 
@@ -178,15 +178,15 @@ def _gradients(job: Job, model: str) -> float:
         parameters = sum(split_parameters(job, model))
         scatter = reduce_scatter(cluster, group, 4 * parameters, job.workers)
         return scatter + reduce_scatter(cluster, group, job.itemsize * parameters, job.workers)
-    size = 4.0 * job.parameters(model)
+    size = 4.0 * job.trainable(model)
     collective = reduce_scatter if job.sharded else all_reduce
     return collective(cluster, Group(job.workers), size, job.workers) if job.workers > 1 else 0.0
 
 
 def _optimiser(job: Job, model: str) -> float:
     cluster = job.cluster
-    each = ADAMW_BYTES if job.config.training.optimizer == "adamw" else SGD_BYTES
-    parameters = float(job.parameters(model))
+    each = OPTIMISER_BYTES[job.config.training.optimizer]
+    parameters = float(job.trainable(model))
     if job.megatron:
         parameters = sum(split_parameters(job, model)) / (job.training.data * job.training.context)
     elif job.sharded:

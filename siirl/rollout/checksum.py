@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from functools import cache
+from typing import SupportsInt
 
 import torch
 from torch import Tensor
@@ -42,6 +43,15 @@ class Checksum:
             self._seen.append((f"{name} {list(cast.shape)} {cast.dtype}", _weigh(cast)))
             yield cast
 
+    def pairs(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """As :meth:`passing`, with the names."""
+        for name, tensor in named:
+            for cast in self.passing([(name, tensor)]):
+                yield name, cast
+
+    def __int__(self) -> int:
+        return self.value()
+
     def value(self) -> int:
         """The checksum of what has passed."""
         total = 0
@@ -62,17 +72,26 @@ def weights_checksum(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype | N
     return checksum.value()
 
 
+def combined(*checksums: int) -> int:
+    """The checksum of weights in several parts, by those of the parts."""
+    return sum(checksums) & _MASK
+
+
 def require_alike(
-    version: int, checksum: int | None, arrived: Checksum, received: Iterable[str], names: Iterable[str]
+    version: int, checksum: SupportsInt | None, arrived: Checksum, received: Iterable[str], names: Iterable[str]
 ) -> None:
     """As :func:`confirm`, for an engine that keeps weights in another form: by what passed on its way there."""
     _require_whole(version, received, names)
     if checksum is not None:
-        _require_equal(version, checksum, arrived.value())
+        _require_equal(version, int(checksum), arrived.value())
 
 
 def confirm(
-    version: int, checksum: int, held: Iterable[tuple[str, Tensor]], received: Iterable[str], names: Iterable[str]
+    version: int,
+    checksum: SupportsInt,
+    held: Iterable[tuple[str, Tensor]],
+    received: Iterable[str],
+    names: Iterable[str],
 ) -> None:
     """Raise unless an engine holds after an update what was sent.
 
@@ -86,7 +105,7 @@ def confirm(
         SiirlError: weights are missing, by their names, or the engine holds others than were sent.
     """
     _require_whole(version, received, names)
-    _require_equal(version, checksum, weights_checksum(held))
+    _require_equal(version, int(checksum), weights_checksum(held))
 
 
 def _require_whole(version: int, received: Iterable[str], names: Iterable[str]) -> None:

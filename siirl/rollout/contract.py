@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, SupportsInt
 
 from torch import Tensor
 
@@ -77,14 +77,16 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def update_weights(self, named: Iterable[tuple[str, Tensor]], version: int, checksum: int | None = None) -> None:
+    def update_weights(
+        self, named: Iterable[tuple[str, Tensor]], version: int, checksum: SupportsInt | None = None
+    ) -> None:
         """Take over new weights, and confirm them.
 
         Args:
             named: the weights; none where the engine computes with training's own tensors.
             version: that `Completions.version` gives from now on.
-            checksum: of all weights in the engine's dtype (:func:`siirl.rollout.checksum.weights_checksum`); None:
-                nothing is confirmed.
+            checksum: of all weights in the engine's dtype (:func:`siirl.rollout.checksum.weights_checksum`), or a
+                :class:`siirl.rollout.checksum.Checksum` that sums them up as they come; None: nothing is confirmed.
 
         Raises:
             SiirlError: weights are missing, or those that the engine holds now have another checksum.

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsInt
 
 import numpy as np
 import torch
@@ -65,7 +65,9 @@ class NativeEngine:
         self._dropped: set[str] = set()
         self._aborts: deque[Tensor | None] = deque()
 
-    def update_weights(self, named: Iterable[tuple[str, Tensor]], version: int, checksum: int | None = None) -> None:
+    def update_weights(
+        self, named: Iterable[tuple[str, Tensor]], version: int, checksum: SupportsInt | None = None
+    ) -> None:
         self._require_awake("take new weights")
         own = dict(self.decoder.named_parameters())
         received = []

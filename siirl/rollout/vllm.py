@@ -11,7 +11,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, SupportsInt
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from siirl.data.batch import Ragged
 from siirl.device.backend import Backend
 from siirl.errors import RequestError, SiirlError
 from siirl.model.fallback import AnyDecoder
+from siirl.model.lora import base_names
 from siirl.rollout import vllm_model as model_side
 from siirl.rollout.checksum import Checksum, require_alike
 from siirl.rollout.contract import ABORTED, LENGTH, STOP, Begun, Completions, SleepLevel
@@ -60,7 +61,7 @@ class VllmEngine:
     ) -> None:
         self.version = 0
         self._eos_ids, self._decode_text, self._size = list(eos_ids), decode_text, size
-        self._dtype, self._weights = dtype, [name for name, _ in decoder.named_parameters()]
+        self._dtype, self._weights = dtype, base_names(decoder)
         self._names = {published(name) for name in self._weights}
         self._missing = set(self._names)
         self._asleep = False
@@ -75,7 +76,9 @@ class VllmEngine:
         self._heat, self._cache = model_side.Temperature(), model_side.Cache()
         self._engine.apply_model(self._heat.attach)
 
-    def update_weights(self, named: Iterable[tuple[str, Tensor]], version: int, checksum: int | None = None) -> None:
+    def update_weights(
+        self, named: Iterable[tuple[str, Tensor]], version: int, checksum: SupportsInt | None = None
+    ) -> None:
         """See :class:`siirl.rollout.contract.RolloutEngine`.
 
         vLLM keeps weights fused and packed, so what arrived is confirmed; the parity probe judges what it holds.

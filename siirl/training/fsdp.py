@@ -18,13 +18,15 @@ from siirl.device.collectives import Collectives
 from siirl.errors import SiirlError
 from siirl.model.critic import ValueModel
 from siirl.model.fallback import AnyDecoder, TransformersDecoder
+from siirl.model.lora import begin_adapters, is_adapter, merged_weights
 from siirl.telemetry.accumulator import StepMetrics
 from siirl.training.activations import bound_activations
 from siirl.training.budget import TokenBudget
+from siirl.training.compiled import compile_layers
 from siirl.training.containment import Containment
 from siirl.training.losses import Loss
 from siirl.training.microbatch import MicroBatch, dummy, input_lengths, mini_batch_index, pack, split
-from siirl.training.optimizer import lr_factor, make_optimizer
+from siirl.training.optimizer import lr_factor, make_optimizer, set_rate
 from siirl.training.outputs import CriticModel, LogProbModel
 from siirl.training.sharding import shard, sum_gradients, whole
 from siirl_kernels import kernels
@@ -67,13 +69,15 @@ class TrainingEngine:
             shard(self.module, self._dtype, backend, collectives, training.cpu_offload)
         elif not unknown:
             decoder.compute_dtype = self._dtype
+        if training.compile:
+            compile_layers(model)
         self.budget = TokenBudget(backend, collectives, self.sharded, containment)
 
     def begin(self, config: Config, lr: float | None) -> None:
         """Begin a stage with a new optimiser; ``lr`` is its peak rate, None for a model that is not trained."""
         self._config, self._lr = config, lr
         self.budget.begin(config)
-        self.model.requires_grad_(lr is not None)
+        begin_adapters(self.model, lr is not None, adapters=config.model.lora.rank > 0)
         self.optimizer = None if lr is None else make_optimizer(self.module, config.training, lr)
 
     def log_probs(self, batch: Batch, mini_batches: int) -> Ragged:
@@ -134,14 +138,14 @@ class TrainingEngine:
         assert self.optimizer is not None and self._lr is not None, "this model is not trained"
         algorithm = self._config.algorithm
         for group in self.optimizer.param_groups:
-            group["lr"] = self._lr * lr_factor(step, self._config.training)
+            set_rate(group, self._lr * lr_factor(step, self._config.training))
         minis = self._mini_batches(batch, algorithm.mini_batches)
         valid = ~batch.dense("failed") if "failed" in batch else torch.ones(len(batch), dtype=torch.bool)
         counts = self._global_counts(batch, minis, valid)
         for _ in range(algorithm.epochs):
             for rows, (tokens, sequences) in zip(minis, counts, strict=True):
                 self._update_once(batch, rows, valid, tokens, sequences, loss, metrics)
-        metrics.mean(f"{self.prefix}/lr", self.optimizer.param_groups[0]["lr"], 1)
+        metrics.mean(f"{self.prefix}/lr", float(self.optimizer.param_groups[0]["lr"]), 1)
 
     def _update_once(
         self, batch: Batch, rows: Tensor, valid: Tensor, tokens: int, sequences: int, loss: Loss, metrics: StepMetrics
@@ -234,7 +238,16 @@ class TrainingEngine:
             torch._foreach_mul_(gradients, share)
         return float(norm)
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The model's parameters by their own names, gathered whole one at a time where they are sharded."""
+    def named_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The model's weights by their own names, gathered whole one at a time where they are sharded.
+
+        Adapters are merged into what they adapt, each part rounded to ``dtype`` before where one is given.
+        """
+        for name, tensor in merged_weights(self.model, whole, dtype):
+            yield name, self._backend.to_canonical(tensor)
+
+    def parts(self, *, adapters: bool) -> Iterator[tuple[str, Tensor]]:
+        """As :meth:`named_weights`, unmerged: the adapters' matrices, or all but those."""
         for name, parameter in self.model.named_parameters():
-            yield name, self._backend.to_canonical(whole(parameter))
+            if is_adapter(name) == adapters:
+                yield name, self._backend.to_canonical(whole(parameter))

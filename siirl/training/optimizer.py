@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from siirl.config.schema import TrainingConfig
 from siirl.training.adamw import AdamW
+from siirl.training.adamw8bit import adamw8bit
 
 
 def make_optimizer(module: nn.Module, config: TrainingConfig, lr: float) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101) or plain SGD; weight decay reaches matrices only, not norms and biases."""
+    """AdamW (arXiv 1711.05101), perhaps with states of 8 bits, or plain SGD.
+
+    Weight decay reaches matrices only, not norms and biases.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
@@ -21,7 +26,17 @@ def make_optimizer(module: nn.Module, config: TrainingConfig, lr: float) -> torc
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=lr)
+    if config.optimizer == "adamw8bit":
+        return adamw8bit(groups, config, lr)
     return AdamW(groups, lr=lr, betas=config.betas, eps=config.eps)
+
+
+def set_rate(group: dict[str, Any], lr: float) -> None:
+    """Set a parameter group's learning rate, in place where it is a tensor."""
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
 
 
 def lr_factor(step: int, config: TrainingConfig) -> float:

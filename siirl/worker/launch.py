@@ -103,6 +103,7 @@ def check(resolved: Resolved) -> None:
         if ":" not in config.reward.function:
             resolve_reward(choose(config.reward.function, None), config.reward.params)
         _check_engines(stage)
+        _check_optimizer(config)
 
 
 def _check_engines(stage: Stage) -> None:
@@ -114,10 +115,27 @@ def _check_engines(stage: Stage) -> None:
     rollout, key = config.rollout, "rollout.batch_invariant"
     if rollout.batch_invariant and (rollout.engine, config.training.dtype) != ("native", "float32"):
         raise RequestError(f"{key} needs rollout.engine=native and training.dtype=float32; set {key}=false")
+    if rollout.batch_invariant and config.training.compile:
+        raise RequestError(f"{key} cannot hold where training is compiled; set training.compile=false or {key}=false")
     if rollout.min_new_tokens > rollout.max_new_tokens:
         raise RequestError(
             f"rollout.min_new_tokens is {rollout.min_new_tokens}, more than rollout.max_new_tokens, which is "
             f"{rollout.max_new_tokens}"
+        )
+
+
+def _check_optimizer(config: Config) -> None:
+    if config.training.optimizer != "adamw8bit":
+        return
+    if importlib.util.find_spec("torchao") is None:
+        raise RequestError(
+            "training.optimizer is 'adamw8bit', which needs torchao, and that is not installed: "
+            "pip install 'siirl[adamw8bit]', or set training.optimizer=adamw"
+        )
+    if config.training.sharding == "shard":
+        raise RequestError(
+            "training.optimizer is 'adamw8bit', whose states cannot be saved in shards; set training.optimizer=adamw, "
+            "or training.sharding=replicate"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any, SupportsInt, cast
 
 import torch
 
@@ -15,8 +16,9 @@ from siirl.errors import RequestError, SiirlError
 from siirl.model.critic import ValueModel
 from siirl.model.fallback import AnyDecoder
 from siirl.model.load import Loaded, load_model
+from siirl.model.lora import adapt
 from siirl.model.tokenizer import decode, encode_texts, eos_ids
-from siirl.rollout.checksum import weights_checksum
+from siirl.rollout.checksum import Checksum
 from siirl.rollout.contract import Begun, Completions, RolloutEngine
 from siirl.rollout.engine import NativeEngine
 from siirl.rollout.graphs import recorder
@@ -24,6 +26,8 @@ from siirl.rollout.probe import BOUNDS, Answers, Probe, compare
 from siirl.rollout.sampling import Sampling
 from siirl.training.budget import share_memory
 from siirl.training.fsdp import TrainingEngine
+from siirl.training.shared_reference import SharedReference
+from siirl.worker.adapters import Merger, Named, adapters_state, check_adapters_state, sent_parts
 
 # vLLM is started for sequences of at least so many tokens: probes use prompts of their own
 _VLLM_LENGTH = 128
@@ -44,6 +48,9 @@ class Models:
     def __init__(self, config: Config, backend: Backend, collectives: Collectives, role: Role = "all") -> None:
         self._config, self._backend, self._collectives, self._role = config, backend, collectives, role
         loaded = self._load(config.model.path)
+        self._lora = config.model.lora
+        if self._lora.rank and role != "rollout":
+            adapt(loaded.model, self._lora, config.seed)
         self.tokenizer, self.decoder = loaded.tokenizer, loaded.model
         self.eos_ids = eos_ids(loaded.tokenizer, loaded.model.config)
         self.engines: dict[str, TrainingEngine] = {}
@@ -56,11 +63,19 @@ class Models:
         if role != "rollout":
             self.engines["actor"] = self._engine(loaded.model, "actor")
             shareable = config.rollout.engine == "native" and config.training.dtype == "float32"
-            self._shared = role == "all" and not self.actor.sharded and shareable
+            self._shared = role == "all" and not self.actor.sharded and shareable and not self._lora.rank
         self._rollout = None if role == "training" else self._rollout_engine()
+        self.merger = (
+            Merger(self.decoder, self._lora, backend.device(), self.rollout_dtype) if role == "rollout" else None
+        )
         self.reloadable_reference = True
+        self._shared_reference: SharedReference | None = None
+        self._reloadable: dict[str, bool] = {}
+        self._adapters = False
 
     def __getitem__(self, name: str) -> TrainingEngine:
+        if name == "reference" and self._shared_reference is not None:
+            return cast(TrainingEngine, self._shared_reference)  # log-probs are all that a reference is asked for
         return self.engines[name]
 
     @property
@@ -73,11 +88,6 @@ class Models:
         assert self._rollout is not None, "a worker that only trains does not generate"
         self._rollout.wake()
         return self._rollout
-
-    def rollout_weights(self) -> list[tuple[str, torch.Tensor]]:
-        """Tensors like those that the rollout engine takes, by name; the built-in engine's own."""
-        device, dtype = self._backend.device(), self.rollout_dtype
-        return [(name, weight.detach().to(device, dtype)) for name, weight in self.decoder.named_parameters()]
 
     def rest_rollout(self, weights_follow: bool) -> None:
         """Let training have the memory of this worker's rollout engine.
@@ -100,14 +110,22 @@ class Models:
             return
         self.engines = {"actor": self.actor}
         self.actor.begin(config, config.training.lr)
-        if "reference" in wanted:
+        self._adapters = config.model.lora.rank > 0
+        self._reloadable = {"actor": first, "critic": first or config.model.critic is not None}
+        shared = self._adapters and config.model.reference is None
+        self._shared_reference = SharedReference(self.actor) if shared else None
+        if shared:
+            self.reloadable_reference = True
+        elif "reference" in wanted:
             self.reloadable_reference = first or config.model.reference is not None
             module = self._copy_of_actor(config.model.reference)
             self.engines["reference"] = self._engine(module, "reference")
             self.engines["reference"].begin(config, None)
         if "critic" in wanted:
-            critic = ValueModel(self._copy_of_actor(config.model.critic))
-            self.engines["critic"] = self._engine(critic, "critic")
+            backbone = self._copy_of_actor(config.model.critic)
+            if self._adapters:
+                adapt(backbone, self._lora, config.seed + 1)
+            self.engines["critic"] = self._engine(ValueModel(backbone), "critic")
             lr = config.training.lr if config.training.critic_lr is None else config.training.critic_lr
             self.engines["critic"].begin(config, lr)
         share_memory(self.engines, config, self._backend)
@@ -124,18 +142,18 @@ class Models:
             self.version += 1
             self.rollout.update_weights((), self.version)
             return
-        checksum = weights_checksum(self.actor.named_weights(), self.rollout_dtype)
-        self.take_weights(self.actor.named_weights(), checksum, self.answers())
+        answers, checksum = self.answers(), Checksum(self.rollout_dtype)
+        self.take_weights(checksum.pairs(self.actor.named_weights(self.rollout_dtype)), checksum, answers)
 
     def answers(self) -> Answers:
         """The actor's answers to the parity probe. A collective where it is sharded."""
         return Answers(*self.actor.greedy(self.probe.prompts, self.probe.tokens))
 
-    def take_weights(self, named: Iterable[tuple[str, torch.Tensor]], checksum: int, expected: Answers) -> None:
+    def take_weights(self, named: Iterable[tuple[str, torch.Tensor]], checksum: SupportsInt, expected: Answers) -> None:
         """Give this worker's rollout engine weights of the next version, and check that it computes with them.
 
         Args:
-            named: the weights.
+            named: the weights; between workers of their own, those that adapters adapt and the adapters.
             checksum: of the weights, as training holds them, in the engine's dtype.
             expected: training's answers to the parity probe.
 
@@ -143,6 +161,8 @@ class Models:
             SiirlError: the engine holds other weights, is at another version, or answers otherwise.
         """
         self.version += 1
+        if self.merger is not None and self._lora.rank:
+            named, checksum = self.merger.merged(named, self.version, checksum)
         self.rollout.update_weights(named, self.version, checksum)
         done = self.generate(self.probe.prompts, self.probe.sample_ids, self.probe.sampling, 1, 0)
         bound = self._config.rollout.probe_bound
@@ -184,12 +204,39 @@ class Models:
         for name, engine in self.engines.items():
             if name == "reference" and self.reloadable_reference:
                 continue
-            found |= {f"{name}.model.{key}": p.detach() for key, p in engine.model.named_parameters()}
+            kept = dict(engine.model.named_parameters())
+            if self._reloadable.get(name):
+                kept = {key: p for key, p in kept.items() if p.requires_grad}
+            found |= {f"{name}.model.{key}": p.detach() for key, p in kept.items()}
             if engine.optimizer is not None:
                 found |= {
                     f"{name}.optimizer.{key}": t for key, t in optimizer_tensors(engine.model, engine.optimizer).items()
                 }
         return found
+
+    def sent_names(self) -> list[str]:
+        """Names of all weights that are sent to workers that generate, in their order."""
+        moving, frozen = sent_parts(self.actor, self._lora, base=True)
+        return [name for part in (frozen or (), moving) for name, _ in part]
+
+    def sent_weights(self, base: bool) -> tuple[Named, Named | None]:
+        """See :func:`siirl.worker.adapters.sent_parts`; ``base``: a stage begins."""
+        return sent_parts(self.actor, self._lora, base or not self._adapters)
+
+    def exported_adapters(self) -> Named:
+        """The actor's adapters, where what they adapt are the weights of its file. A collective where it is sharded."""
+        if self._adapters and self._reloadable["actor"]:
+            yield from self.actor.parts(adapters=True)
+
+    def adapters_state(self) -> dict[str, Any] | None:
+        """See :func:`siirl.worker.adapters.adapters_state`."""
+        trained = {name: engine for name, engine in self.engines.items() if engine.optimizer is not None}
+        kept = {name: engine for name, engine in trained.items() if self._adapters and self._reloadable[name]}
+        return adapters_state(kept, self._lora)
+
+    def check_adapters_state(self, saved: dict[str, Any] | None) -> None:
+        """See :func:`siirl.worker.adapters.check_adapters_state`."""
+        check_adapters_state(saved, self.adapters_state())
 
     def _load(self, path: str) -> Loaded:
         model = self._config.model

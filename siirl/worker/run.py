@@ -31,7 +31,7 @@ from siirl.data.transport import Transports, hosts
 from siirl.device.backend import Backend, RngState
 from siirl.device.collectives import Collectives
 from siirl.errors import RequestError, SiirlError
-from siirl.model.export import save_pretrained
+from siirl.model.export import save_adapter, save_pretrained
 from siirl.rewards.pool import RewardPool
 from siirl.rewards.registry import choose
 from siirl.rollout.partial import CarriedGroups
@@ -133,11 +133,12 @@ class RunWorker:
 
     def _weights_link(self) -> tuple[WeightSender | None, WeightReceiver | None]:
         if self._role == "training":
-            names = [name for name, _ in self._models.actor.model.named_parameters()]
-            return WeightSender(self._link, names, self._models.rollout_dtype), None
+            return WeightSender(self._link, self._models.sent_names(), self._models.rollout_dtype), None
         if self._role == "rollout":
             assert self._link is not None
-            return None, WeightReceiver(self._link, self._models.rollout_weights(), self._models.probe)
+            assert self._models.merger is not None
+            moving, frozen = self._models.merger.room()
+            return None, WeightReceiver(self._link, moving, self._models.probe, frozen)
         return None, None
 
     def run(self) -> int:
@@ -287,18 +288,19 @@ class RunWorker:
 
     def _begin_weights(self, start: int) -> None:
         """The workers that generate get the weights that the workers that train begin a stage with."""
-        self._send_weights(start)
+        self._send_weights(start, first=True)
         if self._receiver is not None:
             message = self._receiver.receive()
             assert message.weights is not None and message.answers is not None
             self._models.take_weights(message.weights, message.checksum, message.answers)
 
-    def _send_weights(self, step: int, changed: bool = True) -> None:
+    def _send_weights(self, step: int, changed: bool = True, first: bool = False) -> None:
         """Tell the workers that generate, where this one trains for them, that a step has ended."""
         if self._sender is None:
             return
         if changed:
-            self._sender.send(step, self._models.actor.named_weights(), self._models.answers())
+            moving, frozen = self._models.sent_weights(first)
+            self._sender.send(step, moving, self._models.answers(), frozen)
         else:
             self._sender.send(step, None)
 
@@ -311,6 +313,7 @@ class RunWorker:
                 "step": step,
                 "kl": context.kl.state_dict(),
                 "own_reference": not self._models.reloadable_reference,
+                "adapters": self._models.adapters_state(),
             }
             if context.trust is not None:
                 state["trust"] = context.trust.state_dict()
@@ -338,6 +341,7 @@ class RunWorker:
         _check_leftovers(state, context)
         self._models.reloadable_reference = not state["own_reference"]
         if self._role != "rollout":
+            self._models.check_adapters_state(state.get("adapters"))
             store.load_tensors(self._checkpoint, self._models.tensors(), self._collectives)
         context.loader.load_state_dict(self._loader_state(state))
         context.kl.load_state_dict(state["kl"])
@@ -377,15 +381,20 @@ class RunWorker:
         self._backend.seed(new_seed)
 
     def _export(self) -> None:
-        """The trained actor as a Hugging Face directory, ``RUN_DIR/model``."""
-        weights = {}
+        """The trained actor as a Hugging Face directory, ``RUN_DIR/model``, and its adapter in ``RUN_DIR/adapter``."""
         if self._role != "rollout":
-            for name, tensor in self._models.actor.named_weights():  # gathering is a collective, keeping is not
-                if self._world.rank == 0:
-                    weights[name] = tensor
-        if self._world.rank == 0:
-            save_pretrained(self._models.decoder, self._models.tokenizer, self._run_dir / "model", state_dict=weights)
+            weights = self._on_first(self._models.actor.named_weights())
+            adapters = self._on_first(self._models.exported_adapters())
+            models, lora = self._models, self._resolved.main.model.lora
+            if self._world.rank == 0:
+                save_pretrained(models.decoder, models.tokenizer, self._run_dir / "model", state_dict=weights)
+                if adapters:
+                    save_adapter(adapters, lora, self._resolved.main.model.path, self._run_dir / "adapter")
         self._world.barrier()
+
+    def _on_first(self, named: Iterator[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Tensors, on worker 0; gathering them is a collective, keeping them is not."""
+        return {name: tensor for name, tensor in named if self._world.rank == 0}
 
 
 def _leftovers(context: Context) -> str | None:

@@ -171,6 +171,22 @@ def test_a_warmup_cannot_set_what_belongs_to_the_run(write, key: str) -> None:
         load(write("r.yaml", f"warmup:\n  - training: {{steps: 1}}\n    {key}\n"))
 
 
+def test_a_warmup_trains_the_runs_adapters_or_all_weights(write) -> None:
+    def recipe(main: int, warmup: int) -> str:
+        lora = "model: {lora: {rank: %d}}"
+        return f"{lora % main}\nwarmup:\n  - training: {{steps: 1}}\n    {lora % warmup}\n"
+
+    for main, warmup in ((4, 0), (4, 4), (0, 0)):
+        load(write("r.yaml", recipe(main, warmup)))
+    with pytest.raises(RequestError) as caught:
+        load(write("r.yaml", recipe(4, 8)))
+    assert str(caught.value).endswith(
+        "r.yaml:4: model.lora.rank is 8; in a warm-up it must be 4 as in the main stage, or 0"
+    )
+    with pytest.raises(RequestError, match="in a warm-up it must be 0 as in the main stage"):
+        load(write("r.yaml", recipe(0, 8)))
+
+
 @pytest.mark.parametrize("text", ["warmup: {steps: 1}", "warmup: [1]", "warmup: sft"])
 def test_a_warmup_is_a_list_of_mappings(write, text: str) -> None:
     with pytest.raises(RequestError, match=r"r\.yaml:1: '?warmup"):

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from siirl.config.schema import TrainingConfig
+from siirl.config.schema import LoRAConfig, TrainingConfig
 from siirl.dag import Step
 from siirl.model.decoder import Decoder, PackedAttention
 from siirl.model.families import tiny_config
+from siirl.model.lora import adapt, begin_adapters
 from siirl.model.paths import check_path
 from siirl.model.recompute import Selective, recompute_layers, selective
 from siirl.planning.job import Job
@@ -114,6 +115,37 @@ def test_weights_gradients_and_optimiser_states_are_those_of_a_trained_module() 
     assert terms["weights"] == sum(p.nbytes for p in module.parameters())
     assert terms["gradients"] == sum(p.grad.nbytes for p in module.parameters() if p.grad is not None)
     assert terms["optimiser"] == sum(t.nbytes for t in states)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_adapters_alone_have_gradients_and_optimiser_states(architecture: str) -> None:
+    path, lora = (
+        f"tiny:{architecture}:64:2:128",
+        LoRAConfig(rank=3, targets=["q_proj", "v_proj", "o_proj", "down_proj"]),
+    )
+    module = decoder(path)
+    adapt(module, lora, seed=0)
+    begin_adapters(module, trained=True, adapters=True)
+    optimizer = make_optimizer(module, TrainingConfig(), 1e-3)
+    sequences = PackedSequences((9,), torch.device("cpu"))
+    module(torch.arange(9), sequences.positions, PackedAttention(sequences)).sum().backward()
+    optimizer.step()
+    states = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
+    job = job_of(
+        1,
+        "local-2",
+        model__path=path,
+        training__dtype="float32",
+        algorithm__kl_coef=0.1,
+        model__lora__rank=3,
+        model__lora__targets=lora.targets,
+    )
+    terms = memory_of(job, step(job, "update"))
+    assert "reference" in job.models
+    assert terms["weights"] == sum(p.nbytes for p in module.parameters())  # no second model for the reference
+    assert terms["gradients"] == sum(p.grad.nbytes for p in module.parameters() if p.grad is not None)
+    assert terms["optimiser"] == sum(t.nbytes for t in states)
+    assert terms["rollout"] == 4 * job.actor.parameters  # merged
 
 
 def test_the_cache_is_the_one_the_engine_allocates() -> None:

@@ -66,6 +66,15 @@ def test_workers_that_only_generate_get_the_weights(recipe: Path, tmp_path: Path
 @needs_vllm
 @pytest.mark.vllm
 @pytest.mark.slow
+@pytest.mark.parametrize("placed", [("workers=1",), disaggregated(2, 1)], ids=["together", "apart"])
+def test_adapters_reach_it_merged(placed: tuple[str, ...], recipe: Path, tmp_path: Path) -> None:
+    runs.run(recipe, tmp_path / "run", VLLM, "model.lora.rank=4", *placed)
+    assert all(line["rollout/logprob_diff_max"] < 1e-4 for line in runs.metrics(tmp_path / "run"))
+
+
+@needs_vllm
+@pytest.mark.vllm
+@pytest.mark.slow
 def test_the_reward_rises(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(test_learning.RECIPE.replace("PIPELINE", "grpo"))

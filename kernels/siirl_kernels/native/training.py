@@ -160,10 +160,11 @@ class LinearLogProb(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None
-    ) -> tuple[Tensor, Tensor, None, None, None]:
+    ) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden, weight, target, entropy, sums, *kept = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # hundreds of chunks would round away in bfloat16
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        if ctx.needs_input_grad[1]:  # in float32: hundreds of chunks would round away in bfloat16
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         grad_log_prob = torch.zeros_like(entropy) if grad_log_prob is None else grad_log_prob.contiguous()
         grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
         for i, (start, end) in enumerate(chunks(len(hidden), len(weight))):
@@ -180,11 +181,13 @@ class LinearLogProb(torch.autograd.Function):
                 grad,
             )
             torch.mm(grad, weight, out=grad_hidden[start:end])
+            if grad_weight is None:
+                continue
             if weight.dtype == torch.float32:
                 grad_weight.addmm_(grad.t(), hidden[start:end])
             else:
                 grad_weight += grad.t() @ hidden[start:end]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
 def _scores(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, temperature: float) -> bool:
