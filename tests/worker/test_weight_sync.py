@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +127,13 @@ def test_a_response_of_other_weights_than_the_newest_is_refused() -> None:
 
 
 def test_the_bound_is_a_key() -> None:
-    with pytest.raises(SiirlError, match="rollout.probe_bound is 0"):
-        models(probe_bound=0)  # bfloat16 rounds
+    for bound in (0.8, 0.5):
+        made = models(probe_bound=bound)
+        named, answers = list(made.actor.named_weights()), made.answers()
+        apart = replace(answers, log_probs=answers.log_probs + 0.65)
+        outcome = nullcontext() if bound > 0.65 else pytest.raises(SiirlError, match="rollout.probe_bound is 0.5")
+        with outcome:
+            made.take_weights(named, weights_checksum(named, made.rollout_dtype), apart)
 
 
 def test_the_answers_are_the_log_probs_that_training_computes() -> None:
