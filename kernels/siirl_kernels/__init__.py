@@ -4,6 +4,7 @@
 reference until :func:`bind` chooses, once at start-up, an implementation per op in the back end's order.
 """
 
+from siirl_kernels import experts as _experts
 from siirl_kernels import reference as _reference
 from siirl_kernels.registry import (
     bind,

@@ -33,6 +33,9 @@ class Kernels:
     inference_layer: Callable[..., Any]
     categorical: Callable[..., Any]
     token_log_prob: Callable[..., Any]
+    permute_tokens: Callable[..., Any]
+    unpermute_tokens: Callable[..., Any]
+    grouped_linear: Callable[..., Any]
 
 
 kernels = Kernels()
