@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from siirl.model.config import DecoderConfig
+from siirl.model.experts import Routing, SparseMLP
 from siirl_kernels import kernels
 from siirl_kernels.packing import PackedSequences
 
@@ -97,13 +98,19 @@ class Block(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = SelfAttention(config, layer)
-        self.mlp = MLP(config)
+        sparse = config.sparse_layers
+        self.mlp = SparseMLP(config, sparse.index(layer)) if layer in sparse else MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, attention: Attention) -> Tensor:
+    def forward(
+        self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, attention: Attention, routing: Routing | None = None
+    ) -> Tensor:
         x_TH = x_TH + self.self_attn(self.input_layernorm(x_TH), cos_TD, sin_TD, attention)
-        return x_TH + self.mlp(self.post_attention_layernorm(x_TH))
+        normed_TH = self.post_attention_layernorm(x_TH)
+        if isinstance(self.mlp, SparseMLP):
+            return x_TH + self.mlp(normed_TH, routing)
+        return x_TH + self.mlp(normed_TH)
 
 
 class Backbone(nn.Module):
@@ -115,7 +122,7 @@ class Backbone(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model of the Llama, Qwen2 or Qwen3 family; see :class:`DecoderConfig`."""
+    """A causal language model of the Llama, Qwen2, Qwen3 or Qwen3-MoE family; see :class:`DecoderConfig`."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -125,18 +132,21 @@ class Decoder(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self._frequencies: Tensor | None = None
 
-    def forward(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention) -> Tensor:
+    def forward(
+        self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, routing: Routing | None = None
+    ) -> Tensor:
         """Hidden states after the final norm, [T, H].
 
         Args:
             tokens_T: token ids, int64 [T].
             positions_T: position of each token in its sequence, int64 [T].
             attention: attends for every layer, e.g. ``PackedAttention(sequences)``.
+            routing: takes note of where a mixture of experts sends each token, or tells it.
         """
         x_TH = self.model.embed_tokens(tokens_T)
         cos_TD, sin_TD = self.rotary(positions_T, x_TH.dtype)
         for block in self.blocks:
-            x_TH = block(x_TH, cos_TD, sin_TD, attention)
+            x_TH = block(x_TH, cos_TD, sin_TD, attention, routing)
         return self.model.norm(x_TH)
 
     @property

@@ -83,8 +83,11 @@ def _tiny(name: str, tiny: TinyModel) -> ModelShape:
         num_kv_heads=tiny.num_kv_heads,
         head_dim=tiny.head_dim,
         qkv_bias=tiny.architecture == "qwen2",
-        qk_norm=tiny.architecture == "qwen3",
+        qk_norm=tiny.architecture.startswith("qwen3"),
         tie_embeddings=True,
+        num_experts=tiny.num_experts,
+        experts_per_token=tiny.experts_per_token,
+        expert_size=tiny.expert_size,
     )
 
 

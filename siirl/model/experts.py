@@ -1,0 +1,105 @@
+"""A layer's mixture of experts, as Qwen3-MoE has it: a router, its choice, and experts that are MLPs without biases.
+
+Parameters carry the names and shapes that `transformers` gives them in memory; checkpoints name each expert apart
+(:mod:`siirl.model.expert_names`).
+Shapes: T tokens, H hidden, E experts, K experts of a token, R = T · K rows, J intermediate size of an expert, L layers
+with experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from siirl.model.config import DecoderConfig
+from siirl_kernels import kernels
+from siirl_kernels.experts import sort_by_expert
+
+
+@dataclass
+class Routed:
+    """What a layer's router did.
+
+    Attributes:
+        probs_TE: its probabilities, float32, with their gradient.
+        chosen_TK: int64, the experts that each token went to.
+    """
+
+    probs_TE: Tensor
+    chosen_TK: Tensor
+
+
+@dataclass
+class Routing:
+    """What the routers of one forward pass did, and where given, what they were told to do.
+
+    Attributes:
+        given_TLK: experts to go to instead of the likeliest ones, any integer dtype.
+        layers: of each layer with experts, by its number among these.
+    """
+
+    given_TLK: Tensor | None = None
+    layers: dict[int, Routed] = field(default_factory=dict)
+
+    @property
+    def chosen_TLK(self) -> Tensor:
+        """Where all tokens went, int64."""
+        return torch.stack([self.layers[i].chosen_TK for i in range(len(self.layers))], 1)
+
+
+class Router(nn.Module):
+    """Logits in the dtype of computation, everything behind them in float32 (float64 of such)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        """Probabilities of the experts, [T, E]."""
+        logits_TE = kernels.linear(x_TH, self.weight, None)
+        wide = torch.float64 if logits_TE.dtype == torch.float64 else torch.float32
+        return logits_TE.softmax(-1, dtype=wide)
+
+
+class Experts(nn.Module):
+    """All experts of a layer, one stacked weight for gate and up, one for down."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        count, hidden, size = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * size, hidden))
+        self.down_proj = nn.Parameter(torch.empty(count, hidden, size))
+
+    def forward(self, x_TH: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Σ_k weights_TK · expert(x), [T, H]."""
+        places_TK, offsets = sort_by_expert(chosen_TK, len(self.down_proj))
+        x_RH = kernels.permute_tokens(x_TH, places_TK)
+        gate_RJ, up_RJ = kernels.grouped_linear(x_RH, offsets, self.gate_up_proj).chunk(2, -1)
+        out_RH = kernels.grouped_linear(kernels.swiglu(gate_RJ, up_RJ), offsets, self.down_proj)
+        return kernels.unpermute_tokens(out_RH, places_TK, weights_TK)
+
+
+class SparseMLP(nn.Module):
+    """In place of a layer's MLP; ``number`` counts such layers."""
+
+    def __init__(self, config: DecoderConfig, number: int) -> None:
+        super().__init__()
+        self.number, self.each, self.normalised = number, config.num_experts_per_tok, config.norm_topk_prob
+        self.gate = Router(config)
+        self.experts = Experts(config)
+
+    def forward(self, x_TH: Tensor, routing: Routing | None = None) -> Tensor:
+        probs_TE = self.gate(x_TH)
+        if routing is None or routing.given_TLK is None:
+            weights_TK, chosen_TK = probs_TE.topk(self.each, dim=-1)
+        else:
+            chosen_TK = routing.given_TLK[:, self.number].long()
+            weights_TK = probs_TE.gather(1, chosen_TK)
+        if routing is not None:
+            # with recomputation a layer runs again; the first run is the one that the loss is made of
+            routing.layers.setdefault(self.number, Routed(probs_TE, chosen_TK))
+        if self.normalised:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        return self.experts(x_TH, chosen_TK, weights_TK)
