@@ -58,7 +58,9 @@ class NativeEngine:
         self.decoder, self.version = decoder, 0
         self._eos_ids, self._decode_text = list(eos_ids), decode_text
         self._max_sequences, self._cache_bytes, self._chunk = max_sequences, cache_bytes, chunk_tokens
-        self._own_weights, self._graphs = own_weights, Graphs(capture)
+        # how many rows an expert has is known to the device alone, and a recording would keep it
+        experts = isinstance(decoder, Decoder) and decoder.config.num_experts > 0
+        self._own_weights, self._graphs = own_weights, Graphs(None if experts else capture)
         self.cache: Tensor | None = None
         self._pool = BlockPool(0)  # the cache's blocks
         self._asleep: dict[str, Tensor] | None = None  # weights on the host, by name; dropped ones are on no device
