@@ -172,6 +172,9 @@ class TrainingConfig(Section):
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = Field(0.0, description="of matrices; norms and biases have none")
     max_grad_norm: PositiveFloat | None = Field(1.0, description="gradients are clipped to this norm; null: not")
+    router_aux_coef: NonNegativeFloat | None = Field(
+        0.0, description="mixture of experts: coefficient of the load-balance loss; null: the checkpoint's"
+    )
     micro_batch_tokens: Positive = Field(16_384, description="prompt + response tokens of one forward pass")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the forward pass; masters are float32")
     sharding: Literal["replicate", "shard"] = Field(

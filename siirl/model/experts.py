@@ -8,7 +8,7 @@ with experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -31,17 +31,19 @@ class Routed:
     chosen_TK: Tensor
 
 
-@dataclass
 class Routing:
     """What the routers of one forward pass did, and where given, what they were told to do.
+
+    No dataclass: FSDP2 hands copies of these to a module.
 
     Attributes:
         given_TLK: experts to go to instead of the likeliest ones, any integer dtype.
         layers: of each layer with experts, by its number among these.
     """
 
-    given_TLK: Tensor | None = None
-    layers: dict[int, Routed] = field(default_factory=dict)
+    def __init__(self, given_TLK: Tensor | None = None) -> None:
+        self.given_TLK = given_TLK
+        self.layers: dict[int, Routed] = {}
 
     @property
     def chosen_TLK(self) -> Tensor:

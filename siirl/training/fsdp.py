@@ -15,8 +15,11 @@ from siirl.device.backend import Backend
 from siirl.device.collectives import Collectives
 from siirl.errors import SiirlError
 from siirl.model.critic import ValueModel
+from siirl.model.decoder import Decoder
+from siirl.model.experts import Routing
 from siirl.model.fallback import AnyDecoder
 from siirl.telemetry.accumulator import StepMetrics
+from siirl.training.balance import Balance, require_experts, shares
 from siirl.training.losses import Loss
 from siirl.training.microbatch import MicroBatch, dummy, input_lengths, mini_batch_index, pack, split
 from siirl.training.optimizer import lr_factor, make_optimizer
@@ -55,6 +58,8 @@ class TrainingEngine:
     def begin(self, config: Config, lr: float | None) -> None:
         """Begin a stage with a new optimiser; ``lr`` is its peak rate, None for a model that is not trained."""
         self._config, self._lr = config, lr
+        if lr is not None and self.prefix == "actor":
+            require_experts(self.model, config)
         self.model.requires_grad_(lr is not None)
         self.optimizer = None if lr is None else make_optimizer(self.module, config.training, lr)
 
@@ -126,6 +131,7 @@ class TrainingEngine:
         assert self.optimizer is not None
         updates = self._config.algorithm.mini_batches * self._config.algorithm.epochs
         micros = self._micro_batches(batch, rows)
+        balance = self._balance(micros, valid)
         for i, micro in enumerate(micros):
             if self.sharded:
                 cast(Any, self.module).set_requires_gradient_sync(i == len(micros) - 1)
@@ -138,11 +144,17 @@ class TrainingEngine:
                 global_sequences=sequences,
                 max_length=self._config.rollout.max_new_tokens,
             )
-            outputs = self._forward(micro)
+            routing = None if balance is None else Routing()
+            outputs = self._forward(micro, routing)
             value = loss(outputs, part, weights.to(self._device), metrics)
+            if balance is not None and routing is not None:
+                even = balance.loss(routing, shares(micro, valid))
+                value = value if even is None else value + even
             # FSDP averages gradients over workers; the loss is normalised over all of them already, so they add up
             (value * self._collectives.size if self.sharded else value).backward()
             metrics.sum(f"{self.prefix}/loss", value.item() / updates)
+        if balance is not None:
+            balance.report(metrics)
         if not self.sharded:
             sum_gradients(self.module, self._collectives)
         norm = self._clip()
@@ -155,8 +167,28 @@ class TrainingEngine:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _forward(self, micro: MicroBatch) -> tuple[Tensor, ...]:
-        return self._compute(micro, self._config.rollout.temperature or 1.0)
+    def _balance(self, micros: Sequence[MicroBatch], valid: Tensor) -> Balance | None:
+        """The load of the actor's experts in a mini-batch, counted by a pass of its own where the loss needs it first.
+
+        That pass has the micro-batches and weights of the update's, so routers choose the same.
+        """
+        if not isinstance(self.model, Decoder) or not self.model.config.sparse_layers:
+            return None
+        coef = self._config.training.router_aux_coef
+        coef = self.model.config.router_aux_loss_coef if coef is None else coef
+        balance = Balance(self.model.config, coef, self._collectives)
+        if balance.needs_counts:
+            with torch.no_grad():
+                for micro in micros:
+                    routing = Routing()
+                    self._forward(micro, routing)
+                    balance.count(routing, shares(micro, valid))
+            balance.counted()
+        return balance
+
+    def _forward(self, micro: MicroBatch, routing: Routing | None = None) -> tuple[Tensor, ...]:
+        temperature = self._config.rollout.temperature or 1.0
+        return self._compute(micro, temperature, *(() if routing is None else (False, routing)))
 
     def _compute(self, *arguments: Any) -> tuple[Tensor, ...]:
         if self._dtype == torch.float32 or self.sharded:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from siirl.model.critic import ValueModel
 from siirl.model.decoder import PackedAttention
+from siirl.model.experts import Routing
 from siirl.training.microbatch import MicroBatch
 from siirl_kernels import kernels
 
@@ -20,12 +21,16 @@ class LogProbModel(nn.Module):
         super().__init__()
         self.decoder = decoder
 
-    def forward(self, micro: MicroBatch, temperature: float, greedy: bool = False) -> tuple[Tensor, ...]:
+    def forward(
+        self, micro: MicroBatch, temperature: float, greedy: bool = False, routing: Routing | None = None
+    ) -> tuple[Tensor, ...]:
         """Log-probs and entropies of the response tokens, float32 [R] each.
 
-        With ``greedy`` they are of the likeliest tokens instead, whose ids come third, int64 [R].
+        With ``greedy`` they are of the likeliest tokens instead, whose ids come third, int64 [R]. ``routing`` is for a
+        decoder with experts.
         """
-        hidden = self.decoder(micro.tokens_T, micro.sequences.positions, PackedAttention(micro.sequences))
+        experts = () if routing is None else (routing,)
+        hidden = self.decoder(micro.tokens_T, micro.sequences.positions, PackedAttention(micro.sequences), *experts)
         hidden, weight = hidden[micro.predict_R], self.decoder.head_weight
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)

@@ -54,9 +54,11 @@ def tiny(family: str = "qwen3", seed: int = 1, **options: Any) -> Decoder:
         "head_dim": 32,
         "max_positions": 256,
         "qkv_bias": family == "qwen2",
-        "qk_norm": family == "qwen3",
+        "qk_norm": family.startswith("qwen3"),
         "initializer_range": 0.15,
     }
+    if family == "qwen3_moe":
+        config |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True}
     decoder = Decoder(DecoderConfig(**(config | options)))
     decoder.initialize(torch.Generator().manual_seed(seed))
     return decoder.requires_grad_(False)
@@ -125,7 +127,7 @@ def assert_same(done: Any, expected: Any) -> None:
     torch.testing.assert_close(done.log_probs.values, expected.log_probs.values, atol=BOUND, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_greedy_equals_the_built_in_engine_token_by_token(family: str, tied: bool) -> None:
     decoder = tiny(family, tie_embeddings=tied)
