@@ -134,6 +134,9 @@ class RolloutConfig(Section):
     batch_invariant: bool = Field(
         False, description="bits of a token do not depend on the batch: rollout's log-probs are training's, bit for bit"
     )
+    router_replay: bool = Field(
+        False, description="mixture of experts: training sends each token to the experts that rollout sent it to"
+    )
     partial: Fraction = Field(
         0.0, description="more prompts in flight, as a share of a step's; the longest responses go on in the next step"
     )

@@ -17,6 +17,9 @@ from siirl.model.config import DecoderConfig
 from siirl_kernels import kernels
 from siirl_kernels.experts import sort_by_expert
 
+# in place of an expert that a router is told: it is not known
+UNKNOWN = -1
+
 
 @dataclass
 class Routed:
@@ -25,10 +28,12 @@ class Routed:
     Attributes:
         probs_TE: its probabilities, float32, with their gradient.
         chosen_TK: int64, the experts that each token went to.
+        likeliest_TK: int64, those it would have chosen itself.
     """
 
     probs_TE: Tensor
     chosen_TK: Tensor
+    likeliest_TK: Tensor
 
 
 class Routing:
@@ -37,7 +42,7 @@ class Routing:
     No dataclass: FSDP2 hands copies of these to a module.
 
     Attributes:
-        given_TLK: experts to go to instead of the likeliest ones, any integer dtype.
+        given_TLK: experts to go to instead of the likeliest ones, any integer dtype; ``UNKNOWN``: the likeliest.
         layers: of each layer with experts, by its number among these.
     """
 
@@ -94,14 +99,15 @@ class SparseMLP(nn.Module):
 
     def forward(self, x_TH: Tensor, routing: Routing | None = None) -> Tensor:
         probs_TE = self.gate(x_TH)
-        if routing is None or routing.given_TLK is None:
-            weights_TK, chosen_TK = probs_TE.topk(self.each, dim=-1)
-        else:
-            chosen_TK = routing.given_TLK[:, self.number].long()
+        weights_TK, likeliest_TK = probs_TE.topk(self.each, dim=-1)
+        chosen_TK = likeliest_TK
+        if routing is not None and routing.given_TLK is not None:
+            given_TK = routing.given_TLK[:, self.number].long()
+            chosen_TK = torch.where(given_TK == UNKNOWN, likeliest_TK, given_TK)
             weights_TK = probs_TE.gather(1, chosen_TK)
         if routing is not None:
             # with recomputation a layer runs again; the first run is the one that the loss is made of
-            routing.layers.setdefault(self.number, Routed(probs_TE, chosen_TK))
+            routing.layers.setdefault(self.number, Routed(probs_TE, chosen_TK, likeliest_TK))
         if self.normalised:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         return self.experts(x_TH, chosen_TK, weights_TK)

@@ -19,7 +19,6 @@ from torch import Tensor
 from siirl.data.batch import Ragged
 from siirl.device.backend import Backend
 from siirl.errors import RequestError, SiirlError
-from siirl.model.expert_names import split_experts
 from siirl.model.fallback import AnyDecoder
 from siirl.rollout import vllm_model as model_side
 from siirl.rollout.checksum import Checksum, require_alike
@@ -87,7 +86,7 @@ class VllmEngine:
 
         def arriving() -> Iterable[tuple[str, Tensor]]:
             for tensor in summed.passing(noted()):
-                yield from split_experts([(published(received[-1]), tensor)])
+                yield published(received[-1]), tensor
 
         def noted() -> Iterable[tuple[str, Tensor]]:
             for name, tensor in named:

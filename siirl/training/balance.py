@@ -13,7 +13,7 @@ from siirl.device.collectives import Collectives
 from siirl.errors import RequestError
 from siirl.model.config import DecoderConfig
 from siirl.model.decoder import Decoder
-from siirl.model.experts import Routing
+from siirl.model.experts import UNKNOWN, Routing
 from siirl.telemetry.accumulator import StepMetrics
 from siirl.training.microbatch import MicroBatch
 
@@ -35,14 +35,16 @@ class Balance:
         config: of a decoder with experts.
         coef: the loss's factor; 0: it is measured only.
         collectives: of the workers that train.
+        replay: routers are told; it is measured where they would have chosen otherwise.
     """
 
-    def __init__(self, config: DecoderConfig, coef: float, collectives: Collectives) -> None:
+    def __init__(self, config: DecoderConfig, coef: float, collectives: Collectives, replay: bool = False) -> None:
         shape = len(config.sparse_layers), config.num_experts
         self._each, self._coef, self._collectives = config.num_experts_per_tok, coef, collectives
         self._counts = torch.zeros(shape, dtype=torch.int64)  # [L, E]
         self._probs = torch.zeros(shape, dtype=torch.float64)
         self._counted = False
+        self._replay, self._agreed, self._told = replay, 0, 0
 
     @property
     def needs_counts(self) -> bool:
@@ -63,6 +65,7 @@ class Balance:
         """The micro-batch's part of the loss, with its factor; None where that is 0."""
         if not self._counted:
             self.count(routing, shares_T)
+        self._compare(routing, shares_T)
         sums = [routing.layers[i].probs_TE.mul(shares_T[:, None]).sum(0) for i in range(len(self._counts))]
         probs_LE = torch.stack(sums)
         self._probs += probs_LE.detach().double().cpu()
@@ -79,6 +82,18 @@ class Balance:
         load = self._counts.double() / self._counts.double().mean(1, keepdim=True).clamp(min=1e-9)
         metrics.max("actor/router_load_max", float(load.max()))
         metrics.min("actor/router_load_min", float(load.min()))
+        if self._replay:
+            metrics.mean("rollout/router_agreement", self._agreed, self._told)
+
+    def _compare(self, routing: Routing, shares_T: Tensor) -> None:
+        """Count where a router that is told would have chosen the same."""
+        if routing.given_TLK is None:
+            return
+        for i, routed in routing.layers.items():
+            known_TK = (routing.given_TLK[:, i] != UNKNOWN) * shares_T[:, None]
+            same_TK = (routed.chosen_TK[..., None] == routed.likeliest_TK[:, None]).any(-1)
+            self._told += int(known_TK.sum())
+            self._agreed += int((known_TK * same_TK).sum())
 
     def _factors(self) -> Tensor:
         """What the sums of probabilities are weighed with, E f_e / (L tokens), float64 [L, E]."""
@@ -99,6 +114,11 @@ def require_experts(model: nn.Module, config: Config) -> None:
         raise RequestError(
             f"training.router_aux_coef is {config.training.router_aux_coef}, but model.path '{config.model.path}' has "
             "no experts that the built-in decoder routes to; leave the key out"
+        )
+    if config.rollout.router_replay:
+        raise RequestError(
+            f"rollout.router_replay needs a mixture of experts that the built-in decoder runs, and model.path "
+            f"'{config.model.path}' is none; leave the key out"
         )
 
 

@@ -24,6 +24,7 @@ from siirl.training.losses import Loss
 from siirl.training.microbatch import MicroBatch, dummy, input_lengths, mini_batch_index, pack, split
 from siirl.training.optimizer import lr_factor, make_optimizer
 from siirl.training.outputs import CriticModel, LogProbModel
+from siirl.training.replay import COLUMN, check_choices
 from siirl.training.sharding import shard, sum_gradients, whole
 
 
@@ -80,7 +81,8 @@ class TrainingEngine:
         out = torch.zeros(int(offsets[-1]), dtype=torch.float32)
         for rows in self._mini_batches(batch, mini_batches):
             for micro in self._micro_batches(batch, rows):
-                values = self._forward(micro)[0].float().cpu()
+                told = None if micro.choices_TLK is None else Routing(micro.choices_TLK)
+                values = self._forward(micro, told)[0].float().cpu()
                 for row, start, end in zip(micro.rows.tolist(), micro.offsets, micro.offsets[1:], strict=False):
                     out[offsets[row] : offsets[row + 1]] = values[start:end]
         return Ragged(out, offsets)
@@ -131,7 +133,7 @@ class TrainingEngine:
         assert self.optimizer is not None
         updates = self._config.algorithm.mini_batches * self._config.algorithm.epochs
         micros = self._micro_batches(batch, rows)
-        balance = self._balance(micros, valid)
+        balance = self._balance(micros, valid, COLUMN in batch)
         for i, micro in enumerate(micros):
             if self.sharded:
                 cast(Any, self.module).set_requires_gradient_sync(i == len(micros) - 1)
@@ -144,7 +146,7 @@ class TrainingEngine:
                 global_sequences=sequences,
                 max_length=self._config.rollout.max_new_tokens,
             )
-            routing = None if balance is None else Routing()
+            routing = None if balance is None else Routing(micro.choices_TLK)
             outputs = self._forward(micro, routing)
             value = loss(outputs, part, weights.to(self._device), metrics)
             if balance is not None and routing is not None:
@@ -167,7 +169,7 @@ class TrainingEngine:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _balance(self, micros: Sequence[MicroBatch], valid: Tensor) -> Balance | None:
+    def _balance(self, micros: Sequence[MicroBatch], valid: Tensor, replay: bool) -> Balance | None:
         """The load of the actor's experts in a mini-batch, counted by a pass of its own where the loss needs it first.
 
         That pass has the micro-batches and weights of the update's, so routers choose the same.
@@ -176,11 +178,11 @@ class TrainingEngine:
             return None
         coef = self._config.training.router_aux_coef
         coef = self.model.config.router_aux_loss_coef if coef is None else coef
-        balance = Balance(self.model.config, coef, self._collectives)
+        balance = Balance(self.model.config, coef, self._collectives, replay)
         if balance.needs_counts:
             with torch.no_grad():
                 for micro in micros:
-                    routing = Routing()
+                    routing = Routing(micro.choices_TLK)
                     self._forward(micro, routing)
                     balance.count(routing, shares(micro, valid))
             balance.counted()
@@ -201,6 +203,9 @@ class TrainingEngine:
         return [(index == m).nonzero().squeeze(1) for m in range(count)]
 
     def _micro_batches(self, batch: Batch, rows: Tensor) -> list[MicroBatch]:
+        if COLUMN in batch:
+            assert isinstance(self.model, Decoder)
+            check_choices(batch, self.model.config)
         parts = split(input_lengths(batch)[rows], batch.dense("slot")[rows], self._config.training.micro_batch_tokens)
         micros = [pack(batch, rows[part], self._device) for part in parts]
         wanted = max(1, len(micros))  # a worker without rows still names its metrics and has gradients to add

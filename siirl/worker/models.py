@@ -235,6 +235,7 @@ class Models:
             self._config.rollout.chunk_tokens,
             own_weights=not self._shared,
             capture=recorder(self._backend, self._config.rollout.graphs),
+            record_routing=self._config.rollout.router_replay,
         )
 
     def _vllm_engine(self, cache_bytes: int) -> RolloutEngine:

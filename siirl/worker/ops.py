@@ -68,6 +68,8 @@ def rollout(context: Context, batch: Batch, node: Step) -> Output:
         "finish_reason": done.finish_reason,
         "policy_version": versions,
     }
+    if done.router_choices is not None:
+        columns["router_choices"] = done.router_choices
     return Output(columns, take)
 
 

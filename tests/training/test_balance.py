@@ -88,9 +88,14 @@ def test_loss_and_gradient_are_those_of_transformers_over_all_rows(budget: int) 
     assert gate.abs().max() > 1e-3  # with a loss that does not reach the router the comparison would show nothing
 
 
+def reference_counts(chosen_TLK: Tensor) -> Tensor:
+    """Tokens of each expert, [L, E]."""
+    return torch.stack([torch.bincount(x.flatten(), minlength=EXPERTS) for x in chosen_TLK.unbind(1)])
+
+
 def test_load_is_counted_from_the_choices() -> None:
     chosen = [logits.topk(2, -1).indices for logits in router_logits(mixture())]
-    load = torch.stack([torch.bincount(x.flatten(), minlength=EXPERTS) for x in chosen]).double()
+    load = reference_counts(torch.stack(chosen, 1)).double()
     load = load / load.mean(1, keepdim=True)
     _, metrics = update(settings(0.0, training__micro_batch_tokens=24), samples(), model=mixture())
     assert metrics["actor/router_load_max"] == pytest.approx(float(load.max()))
