@@ -153,9 +153,18 @@ def _worker(rank: int, size: int, port: int, sharding: str, rows: list[list[int]
     collectives.close()
 
 
-@pytest.mark.parametrize("sharding", ["replicate", "shard"])
+HALVES, ONE_EMPTY = [[0, 1, 2, 3, 6, 7], [4, 5, 8, 9, 10, 11]], [list(range(12)), []]
+
+
 @pytest.mark.parametrize(
-    "rows", [[[0, 1, 2, 3, 6, 7], [4, 5, 8, 9, 10, 11]], [list(range(12)), []]], ids=["even", "one empty"]
+    ("sharding", "rows"),
+    [
+        pytest.param("replicate", HALVES, marks=pytest.mark.long),
+        ("replicate", ONE_EMPTY),
+        ("shard", HALVES),
+        pytest.param("shard", ONE_EMPTY, marks=pytest.mark.long),
+    ],
+    ids=["replicate", "replicate, one empty", "shard", "shard, one empty"],
 )
 def test_workers_do_not_change_the_update(sharding: str, rows: list[list[int]], tmp_path) -> None:
     given = settings(training__micro_batch_tokens=24, algorithm__mini_batches=2)
