@@ -24,7 +24,7 @@ Role = Literal["all", "rollout", "training"]
 TransportName = Literal["collectives", "shared_memory"]
 
 ENGINE_DEGREES: dict[str, tuple[str, ...]] = {
-    "fsdp": (),
+    "fsdp": ("tensor", "context"),
     "megatron": ("tensor", "context", "pipeline", "expert"),
     "native": (),
     "vllm": ("tensor",),
@@ -360,11 +360,12 @@ def _check_degrees(config: Config) -> None:
         ("rollout", config.rollout.engine, "generates", config.rollout.parallel),
     )
     for section, engine, does, parallel in engines:
-        for name, degree in parallel:
-            if name != "data" and name not in ENGINE_DEGREES[engine] and degree > 1:
+        for name, degree in parallel.degrees().items():
+            if name not in ENGINE_DEGREES[engine] and degree > 1:
                 key = f"{section}.parallel.{name}"
+                known = ", ".join(("data", *ENGINE_DEGREES[engine]))
                 raise RequestError(
-                    f"{key} is {degree}, but {section}.engine '{engine}' {does} with data parallel only; set {key}=1"
+                    f"{key} is {degree}, but {section}.engine '{engine}' {does} with {known} parallel only; set {key}=1"
                 )
 
 

@@ -35,6 +35,12 @@ class PackedAttention:
         return kernels.packed_attention(q_TND, k_TKD, v_TKD, self.sequences)
 
 
+def local(parameter: Tensor) -> Tensor:
+    """What kernels compute with: this worker's part of a parameter that is cut over workers, else the parameter."""
+    part = getattr(parameter, "to_local", None)
+    return parameter if part is None else part()
+
+
 class Linear(nn.Linear):
     """Weights come from a checkpoint or from :meth:`Decoder.initialize`; none are drawn when the layer is made."""
 
@@ -42,7 +48,7 @@ class Linear(nn.Linear):
         pass
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        return kernels.linear(x_TH, self.weight, self.bias)
+        return kernels.linear(x_TH, local(self.weight), None if self.bias is None else local(self.bias))
 
 
 class Embedding(nn.Embedding):
@@ -50,6 +56,9 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        return nn.functional.embedding(tokens_T, local(self.weight))
 
 
 class RMSNorm(nn.Module):
@@ -59,7 +68,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight, self.eps)
+        return kernels.rms_norm(x, local(self.weight), self.eps)
 
 
 class SelfAttention(nn.Module):

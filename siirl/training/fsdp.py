@@ -9,19 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from siirl.algorithms.aggregation import token_weights
-from siirl.config.schema import Config, TrainingConfig
+from siirl.config.schema import Config, ParallelConfig, TrainingConfig
+from siirl.dag.degrees import check_model
 from siirl.data.batch import Batch, Ragged
 from siirl.device.backend import Backend
 from siirl.device.collectives import Collectives
-from siirl.errors import SiirlError
+from siirl.errors import RequestError, SiirlError
 from siirl.model.critic import ValueModel
-from siirl.model.fallback import AnyDecoder
+from siirl.model.fallback import AnyDecoder, FallbackConfig
 from siirl.telemetry.accumulator import StepMetrics
 from siirl.training.losses import Loss
+from siirl.training.mesh import Mesh
 from siirl.training.microbatch import MicroBatch, dummy, input_lengths, mini_batch_index, pack, split
 from siirl.training.optimizer import lr_factor, make_optimizer
 from siirl.training.outputs import CriticModel, LogProbModel
 from siirl.training.sharding import shard, sum_gradients, whole
+from siirl.training.tensor_parallel import TensorParallel, parallelize, sum_partial
 
 
 class TrainingEngine:
@@ -30,8 +33,10 @@ class TrainingEngine:
     Args:
         model: a decoder, or a :class:`ValueModel`; moved to the device.
         training: of the run's main stage; says the dtype and whether the model is sharded.
-        backend, collectives: of this worker.
+        backend: of this worker.
+        collectives: of the workers that train.
         prefix: of this model's metrics, ``actor`` or ``critic``.
+        mesh: of the same workers; None for data parallel only.
     """
 
     def __init__(
@@ -41,16 +46,35 @@ class TrainingEngine:
         backend: Backend,
         collectives: Collectives,
         prefix: str,
+        mesh: Mesh | None = None,
     ) -> None:
         self.model, self.prefix = model, prefix
-        self._backend, self._collectives = backend, collectives
+        self._backend, self._mesh = backend, mesh or Mesh.plain(collectives)
         self._device = backend.device()
         self._dtype = getattr(torch, training.dtype)
         model.to(self._device)
         self.module: nn.Module = CriticModel(model) if isinstance(model, ValueModel) else LogProbModel(model)
-        self.sharded = training.sharding == "shard" and collectives.size > 1
+        self.sharded = training.sharding == "shard" and self._mesh.replicas.size > 1
+        self._parallel = self._spread(training)
+
+    def _spread(self, training: TrainingConfig) -> TensorParallel:
+        """Cut and shard the model over the workers of the mesh."""
+        mesh, parallel = self._mesh, training.parallel
+        if isinstance(self.module, LogProbModel | CriticModel):
+            self.module.context = (mesh.context, parallel.context_mode)
+        _check_degrees(self.model, parallel)
+        replicas, tensor = mesh.devices(self._device.type) if self.sharded or mesh.tensor.size > 1 else (None, None)
+        cut = parallelize(self.module, mesh.tensor, tensor, parallel.sequence)
+        if isinstance(self.module, LogProbModel) and cut.vocabulary:
+            self.module.vocabulary = mesh.tensor
         if self.sharded:
-            shard(self.module, self._dtype, backend, collectives)
+            shard(self.module, self._dtype, replicas)
+        return cut
+
+    @property
+    def whole(self) -> bool:
+        """Whether this worker holds every parameter as a plain tensor."""
+        return not self.sharded and self._mesh.tensor.size == 1
 
     def begin(self, config: Config, lr: float | None) -> None:
         """Begin a stage with a new optimiser; ``lr`` is its peak rate, None for a model that is not trained."""
@@ -141,10 +165,11 @@ class TrainingEngine:
             outputs = self._forward(micro)
             value = loss(outputs, part, weights.to(self._device), metrics)
             # FSDP averages gradients over workers; the loss is normalised over all of them already, so they add up
-            (value * self._collectives.size if self.sharded else value).backward()
+            (value * self._mesh.replicas.size if self.sharded else value).backward()
             metrics.sum(f"{self.prefix}/loss", value.item() / updates)
         if not self.sharded:
-            sum_gradients(self.module, self._collectives)
+            sum_gradients(self.module, self._mesh.replicas)
+        sum_partial(self.module, self._parallel)
         norm = self._clip()
         metrics.mean(f"{self.prefix}/grad_norm", norm, 1)
         if not torch.isfinite(torch.tensor(norm)):
@@ -173,14 +198,14 @@ class TrainingEngine:
         micros = [pack(batch, rows[part], self._device) for part in parts]
         wanted = max(1, len(micros))  # a worker without rows still names its metrics and has gradients to add
         if self.sharded:  # every pass is a collective: all workers make as many
-            wanted = int(self._collectives.all_reduce(torch.tensor(wanted), "max"))
+            wanted = int(self._mesh.replicas.all_reduce(torch.tensor(wanted), "max"))
         return micros + [dummy(self._device)] * (wanted - len(micros))
 
     def _global_counts(self, batch: Batch, minis: list[Tensor], valid: Tensor) -> list[tuple[int, int]]:
         """Response tokens and responses of each mini-batch over all workers."""
         lengths = batch.lengths("response_ids")
         counts = torch.tensor([[int(lengths[r][valid[r]].sum()), int(valid[r].sum())] for r in minis])
-        return [tuple(pair) for pair in self._collectives.all_reduce(counts, "sum").tolist()]
+        return [tuple(pair) for pair in self._mesh.data.all_reduce(counts, "sum").tolist()]
 
     def _clip(self) -> float:
         limit = self._config.training.max_grad_norm or float("inf")
@@ -191,3 +216,12 @@ class TrainingEngine:
         """The model's parameters by their own names, gathered whole one at a time where they are sharded."""
         for name, parameter in self.model.named_parameters():
             yield name, self._backend.to_canonical(whole(parameter))
+
+
+def _check_degrees(model: AnyDecoder | ValueModel, parallel: ParallelConfig) -> None:
+    if not isinstance(model.config, FallbackConfig):
+        return check_model(model.config, parallel)
+    for name in ("tensor", "context"):
+        if (degree := getattr(parallel, name)) > 1:
+            key = f"training.parallel.{name}"
+            raise RequestError(f"{key} is {degree}, but transformers runs this model, which is not cut; set {key}=1")
