@@ -39,9 +39,7 @@ def check_model(model: Cuttable, parallel: ParallelConfig) -> None:
     for what, count in heads.items():
         if count // tensor % context:
             own = f"the model's {count} {what}" if tensor == 1 else f"the {count // tensor} {what} of a worker"
-            raise RequestError(
-                f"{key}.context is {context}, which does not divide {own}; set {key}.context_mode=ring"
-            )
+            raise RequestError(f"{key}.context is {context}, which does not divide {own}; set {key}.context_mode=ring")
 
 
 def _sizes(model: Cuttable) -> tuple[int, int, int]:

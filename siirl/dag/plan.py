@@ -281,7 +281,7 @@ def training_layout(config: Config, workers: int) -> Layout:
         RequestError: the degrees do not make up ``workers``.
     """
     parallel = config.training.parallel
-    inner = parallel.tensor * parallel.context * parallel.pipeline
+    inner = _inner(config)
     data = workers // inner if parallel.data is None else parallel.data
     if data * inner != workers:
         degrees = f"tensor {parallel.tensor} x context {parallel.context} x pipeline {parallel.pipeline}"
@@ -293,6 +293,12 @@ def training_layout(config: Config, workers: int) -> Layout:
             f"set {fix}"
         )
     return Layout("tokens", workers, data, parallel.tensor, parallel.context, parallel.pipeline, parallel.expert)
+
+
+def _inner(config: Config) -> int:
+    """Workers that train on the same rows."""
+    parallel = config.training.parallel
+    return parallel.tensor * parallel.context * parallel.pipeline
 
 
 def rollout_layout(config: Config, workers: int, first: int = 0) -> Layout:
@@ -377,7 +383,8 @@ def batch_table(config: Config, workers: int, graph: Graph | None = None) -> Tab
     mini = prompts * group // algorithm.mini_batches
     updates = algorithm.mini_batches * algorithm.epochs
     budget = config.training.micro_batch_tokens
-    micro = math.ceil(math.ceil(mini / workers) / max(1, budget // longest))
+    shares = max(1, workers // _inner(config))
+    micro = math.ceil(math.ceil(mini / shares) / max(1, budget // longest))
     rows = (
         ("prompts a step", f"{prompts:,}", _share(prompts, workers), "data.prompts_per_step"),
         ("samples a step", f"{prompts * group:,}", _share(prompts * group, workers), f"x {group} a prompt"),
@@ -387,10 +394,10 @@ def batch_table(config: Config, workers: int, graph: Graph | None = None) -> Tab
             f"{updates:,}",
             f"{algorithm.mini_batches} algorithm.mini_batches x {algorithm.epochs} algorithm.epochs",
         ),
-        ("samples a mini-batch", f"{mini:,}", _share(mini, workers), "whole groups, shared out by tokens"),
+        ("samples a mini-batch", f"{mini:,}", _share(mini, shares), "whole groups, shared out by tokens"),
         (
             "micro-batches a mini-batch",
-            f"up to {micro * workers:,}",
+            f"up to {micro * shares:,}",
             f"up to {micro:,}",
             f"{budget:,} training.micro_batch_tokens, samples of up to {longest:,}",
         ),

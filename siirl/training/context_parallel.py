@@ -1,8 +1,8 @@
 """Context parallel: each worker of a group computes a contiguous part of a micro-batch's tokens.
 
-Only attention looks beyond a worker's tokens. Ulysses (arXiv 2309.14509) gives every worker all tokens of some heads for
-its time; the ring (arXiv 2310.01889, :mod:`siirl.training.ring`) sends keys and values round. What a pass ends in, a few
-numbers per response token, is gathered, so that losses see whole responses.
+Only attention looks beyond a worker's tokens. Ulysses (arXiv 2309.14509) gives every worker all tokens of some heads
+for its time; the ring (arXiv 2310.01889, :mod:`siirl.training.ring`) sends keys and values round. What a pass ends in,
+a few numbers per response token, is gathered, so that losses see whole responses.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Part:
         tokens_T, positions_T: its tokens, and their positions in their sequences.
         attention: of its tokens to all.
         predict_R, targets_R: see :class:`MicroBatch`; of its tokens, numbered anew.
-        gather: from a number for each of its response tokens, [R, ...], to those of all, in the micro-batch's order. The
-            gradient is taken to be the same on all workers.
+        gather: from a number for each of its response tokens, [R, ...], to those of all, in the micro-batch's order.
+            The gradient is taken to be the same on all workers.
     """
 
     tokens_T: Tensor

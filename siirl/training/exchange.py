@@ -1,7 +1,7 @@
 """Collectives that gradients flow through: between the workers of a tensor or context group.
 
-A tensor is *the same* on all workers of a group, or *partial*: the true one is the sum over them. Rows are slices of the
-first dimension; `counts` says how many each worker has, in rank order, none included.
+A tensor is *the same* on all workers of a group, or *partial*: the true one is the sum over them. Rows are slices of
+the first dimension; `counts` says how many each worker has, in rank order, none included.
 """
 
 from __future__ import annotations

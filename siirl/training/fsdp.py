@@ -220,7 +220,8 @@ class TrainingEngine:
 
 def _check_degrees(model: AnyDecoder | ValueModel, parallel: ParallelConfig) -> None:
     if not isinstance(model.config, FallbackConfig):
-        return check_model(model.config, parallel)
+        check_model(model.config, parallel)
+        return
     for name in ("tensor", "context"):
         if (degree := getattr(parallel, name)) > 1:
             key = f"training.parallel.{name}"

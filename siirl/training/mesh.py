@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,8 @@ class Mesh:
         """
         from torch.distributed.device_mesh import DeviceMesh  # a second to import
 
+        # it would have one all-gather in place of two, which a group for each pair of dimensions costs
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         replicas, tensor = self.replicas, self.tensor
         if tensor.size == 1:
             group = replicas.group

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -39,7 +41,7 @@ class LogProbModel(_Pass):
         """
         part = self.part(micro)
         hidden = self.decoder(part.tokens_T, part.positions_T, part.attention)
-        hidden, weight = hidden[part.predict_R], local(self.decoder.head_weight)
+        hidden, weight = hidden[part.predict_R], local(cast(Tensor, self.decoder.head_weight))
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)

@@ -48,9 +48,7 @@ class _Tokens:
     counts: list[int]
 
 
-def parallelize(
-    module: nn.Module, group: Collectives, devices: DeviceMesh | None, sequence: bool
-) -> TensorParallel:
+def parallelize(module: nn.Module, group: Collectives, devices: DeviceMesh | None, sequence: bool) -> TensorParallel:
     """Cut the decoder within ``module`` over a tensor group, in place.
 
     Args:
@@ -182,7 +180,7 @@ class _Hooks:
 
 
 def _compute(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
 
 
 def own_tokens(tokens: Tensor, size: int, rank: int) -> tuple[Tensor, Tensor]:
