@@ -102,6 +102,7 @@ class TrainingEngine:
                 values = self._forward(micro)[0].float().cpu()
                 for row, start, end in zip(micro.rows.tolist(), micro.offsets, micro.offsets[1:], strict=False):
                     out[offsets[row] : offsets[row + 1]] = values[start:end]
+        self._reshard()
         return Ragged(out, offsets)
 
     @torch.no_grad()
@@ -121,6 +122,7 @@ class TrainingEngine:
             tokens.append(found[2].cpu())
             log_probs.append(found[0].float().cpu())
             texts = [[*text, int(token)] for text, token in zip(texts, tokens[-1], strict=True)]
+        self._reshard()
         return torch.stack(tokens, 1), torch.stack(log_probs, 1)
 
     def update(self, batch: Batch, loss: Loss, step: int, metrics: StepMetrics) -> None:
@@ -188,6 +190,11 @@ class TrainingEngine:
             return self.module(*arguments)
         with self._backend.autocast(self._dtype):
             return self.module(*arguments)
+
+    def _reshard(self) -> None:
+        """After passes without a backward one, which would do it: parameters are those of the optimiser again."""
+        if self.sharded:
+            cast(Any, self.module).reshard()
 
     def _mini_batches(self, batch: Batch, count: int) -> list[Tensor]:
         index = mini_batch_index(batch.dense("slot"), self._config.data.prompts_per_step, count)
