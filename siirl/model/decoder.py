@@ -84,11 +84,11 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, attention: Attention) -> Tensor:
-        heads = (x_TH.shape[0], -1, self.head_dim)
-        q_TND = kernels.rope(self.q_norm(self.q_proj(x_TH).view(heads)), cos_TD, sin_TD)
-        k_TKD = kernels.rope(self.k_norm(self.k_proj(x_TH).view(heads)), cos_TD, sin_TD)
-        out_TND = attention(self.layer, q_TND, k_TKD, self.v_proj(x_TH).view(heads))
-        return self.o_proj(out_TND.reshape(x_TH.shape[0], -1))
+        heads = (-1, self.head_dim)
+        q_TND = kernels.rope(self.q_norm(self.q_proj(x_TH).unflatten(1, heads)), cos_TD, sin_TD)
+        k_TKD = kernels.rope(self.k_norm(self.k_proj(x_TH).unflatten(1, heads)), cos_TD, sin_TD)
+        out_TND = attention(self.layer, q_TND, k_TKD, self.v_proj(x_TH).unflatten(1, heads))
+        return self.o_proj(out_TND.flatten(1))
 
 
 class MLP(nn.Module):

@@ -19,8 +19,9 @@ _BUCKET = 64 * 2**20
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, or what a sharded one is a part of: a collective then."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor.detach() if gather is None else gather()
+    own = tensor.detach()
+    gather = getattr(own, "full_tensor", None)
+    return own if gather is None else gather()
 
 
 def sum_gradients(module: nn.Module, collectives: Collectives) -> None:
