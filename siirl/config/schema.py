@@ -103,6 +103,10 @@ class RolloutParallelConfig(Section):
 
     tensor: Positive = 1
 
+    def degrees(self) -> dict[str, int]:
+        """The degrees beside data parallel, by name."""
+        return {"tensor": self.tensor}
+
 
 class RolloutConfig(Section):
     """Generation of responses."""
@@ -154,10 +158,18 @@ class ParallelConfig(Section):
     """Degrees of parallelism of training; data: null means all workers that are left."""
 
     data: Positive | None = Field(None, description="null: all workers that are left")
-    tensor: Positive = 1
-    context: Positive = 1
+    tensor: Positive = Field(1, description="workers that compute the same tokens with a part of every layer each")
+    sequence: bool = Field(True, description="with tensor: norms and residuals of a part of the tokens each")
+    context: Positive = Field(1, description="workers that compute a part of the tokens of the same samples each")
+    context_mode: Literal["ulysses", "ring"] = Field(
+        "ulysses", description="attention between them: ulysses deals out the heads; ring passes keys and values round"
+    )
     pipeline: Positive = 1
-    expert: Positive = 1
+    expert: Positive = Field(1, description="data-parallel workers that hold a part of each layer's experts each")
+
+    def degrees(self) -> dict[str, int]:
+        """The degrees beside data parallel, by name."""
+        return {name: getattr(self, name) for name in ("tensor", "context", "pipeline", "expert")}
 
 
 class TrainingConfig(Section):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from siirl.model.config import DecoderConfig
-from siirl.model.experts import Routing, SparseMLP
+from siirl.model.experts import Routing, SparseMLP, local
 from siirl_kernels import kernels
 from siirl_kernels.packing import PackedSequences
 
@@ -43,7 +43,7 @@ class Linear(nn.Linear):
         pass
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        return kernels.linear(x_TH, self.weight, self.bias)
+        return kernels.linear(x_TH, local(self.weight), None if self.bias is None else local(self.bias))
 
 
 class Embedding(nn.Embedding):
@@ -51,6 +51,9 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        return nn.functional.embedding(tokens_T, local(self.weight))
 
 
 class RMSNorm(nn.Module):
@@ -60,7 +63,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight, self.eps)
+        return kernels.rms_norm(x, local(self.weight), self.eps)
 
 
 class SelfAttention(nn.Module):
@@ -76,11 +79,11 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, attention: Attention) -> Tensor:
-        heads = (x_TH.shape[0], -1, self.head_dim)
-        q_TND = kernels.rope(self.q_norm(self.q_proj(x_TH).view(heads)), cos_TD, sin_TD)
-        k_TKD = kernels.rope(self.k_norm(self.k_proj(x_TH).view(heads)), cos_TD, sin_TD)
-        out_TND = attention(self.layer, q_TND, k_TKD, self.v_proj(x_TH).view(heads))
-        return self.o_proj(out_TND.reshape(x_TH.shape[0], -1))
+        heads = (-1, self.head_dim)
+        q_TND = kernels.rope(self.q_norm(self.q_proj(x_TH).unflatten(1, heads)), cos_TD, sin_TD)
+        k_TKD = kernels.rope(self.k_norm(self.k_proj(x_TH).unflatten(1, heads)), cos_TD, sin_TD)
+        out_TND = attention(self.layer, q_TND, k_TKD, self.v_proj(x_TH).unflatten(1, heads))
+        return self.o_proj(out_TND.flatten(1))
 
 
 class MLP(nn.Module):
@@ -99,7 +102,7 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn = SelfAttention(config, layer)
         sparse = config.sparse_layers
-        self.mlp = SparseMLP(config, sparse.index(layer)) if layer in sparse else MLP(config)
+        self.mlp: MLP | SparseMLP = SparseMLP(config, sparse.index(layer)) if layer in sparse else MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

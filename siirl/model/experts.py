@@ -8,6 +8,7 @@ with experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,12 @@ from siirl_kernels.experts import sort_by_expert
 
 # in place of an expert that a router is told: it is not known
 UNKNOWN = -1
+
+
+def local(parameter: Tensor) -> Tensor:
+    """What kernels compute with: this worker's part of a parameter that is cut over workers, else the parameter."""
+    part = getattr(parameter, "to_local", None)
+    return parameter if part is None else part()
 
 
 @dataclass
@@ -44,11 +51,20 @@ class Routing:
     Attributes:
         given_TLK: experts to go to instead of the likeliest ones, any integer dtype; ``UNKNOWN``: the likeliest.
         layers: of each layer with experts, by its number among these.
+        own: the tokens that the pass computes, where others compute the rest of a micro-batch.
     """
+
+    own = slice(None)
 
     def __init__(self, given_TLK: Tensor | None = None) -> None:
         self.given_TLK = given_TLK
         self.layers: dict[int, Routed] = {}
+
+    def take(self, own: slice) -> None:
+        """Before the pass: it computes these tokens only."""
+        self.own = own
+        if self.given_TLK is not None:
+            self.given_TLK = self.given_TLK[own]
 
     @property
     def chosen_TLK(self) -> Tensor:
@@ -65,7 +81,7 @@ class Router(nn.Module):
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """Probabilities of the experts, [T, E]."""
-        logits_TE = kernels.linear(x_TH, self.weight, None)
+        logits_TE = kernels.linear(x_TH, local(self.weight), None)
         wide = torch.float64 if logits_TE.dtype == torch.float64 else torch.float32
         return logits_TE.softmax(-1, dtype=wide)
 
@@ -75,17 +91,24 @@ class Experts(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        count, hidden, size = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * size, hidden))
-        self.down_proj = nn.Parameter(torch.empty(count, hidden, size))
+        self.count, hidden, size = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.count, 2 * size, hidden))
+        self.down_proj = nn.Parameter(torch.empty(self.count, hidden, size))
+        # computes rows sorted by expert where experts are on several workers
+        self.elsewhere: Callable[[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]], Tensor] | None = None
 
     def forward(self, x_TH: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Σ_k weights_TK · expert(x), [T, H]."""
-        places_TK, offsets = sort_by_expert(chosen_TK, len(self.down_proj))
+        places_TK, offsets = sort_by_expert(chosen_TK, self.count)
         x_RH = kernels.permute_tokens(x_TH, places_TK)
-        gate_RJ, up_RJ = kernels.grouped_linear(x_RH, offsets, self.gate_up_proj).chunk(2, -1)
-        out_RH = kernels.grouped_linear(kernels.swiglu(gate_RJ, up_RJ), offsets, self.down_proj)
+        out_RH = (
+            self._compute(x_RH, offsets) if self.elsewhere is None else self.elsewhere(x_RH, offsets, self._compute)
+        )
         return kernels.unpermute_tokens(out_RH, places_TK, weights_TK)
+
+    def _compute(self, x_RH: Tensor, offsets: Tensor) -> Tensor:
+        gate_RJ, up_RJ = kernels.grouped_linear(x_RH, offsets, local(self.gate_up_proj)).chunk(2, -1)
+        return kernels.grouped_linear(kernels.swiglu(gate_RJ, up_RJ), offsets, local(self.down_proj))
 
 
 class SparseMLP(nn.Module):

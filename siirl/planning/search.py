@@ -107,10 +107,13 @@ def _layouts(base: Job) -> Iterator[dict[str, Any]]:
     training = [name for name in choices if name in ENGINE_DEGREES[config.training.engine]]
     rollout = inside if "tensor" in ENGINE_DEGREES[config.rollout.engine] else [1]
     rollout = [degree for degree in rollout if shape.num_heads % degree == 0]
-    shardings = [None] if training else ["replicate", "shard"]
+    fsdp = config.training.engine == "fsdp"
+    shardings = ["replicate", "shard"] if fsdp else [None]
     for sharding, degree, *degrees in product(shardings, rollout, *(choices[name] for name in training)):
         chosen = dict(zip(training, degrees, strict=True))
         inner = prod(value for name, value in chosen.items() if name != "expert")
+        if fsdp and chosen.get("expert", 1) > 1 and (inner > 1 or sharding == "shard"):
+            continue  # not combined
         if workers % inner or workers // inner * chosen.get("context", 1) % chosen.get("expert", 1):
             continue
         overrides: dict[str, Any] = {} if sharding is None else {"training.sharding": sharding}

@@ -52,7 +52,8 @@ class Balance:
         return self._coef != 0 and not self._counted
 
     def count(self, routing: Routing, shares_T: Tensor) -> None:
-        """Add a micro-batch's choices; ``shares_T`` of :func:`shares`."""
+        """Add the choices of a pass; ``shares_T`` of :func:`shares`, of all of the micro-batch's tokens."""
+        shares_T = shares_T[routing.own]
         self._counts += torch.stack(
             [_counts(routed.chosen_TK, shares_T, self._counts.shape[1]) for _, routed in sorted(routing.layers.items())]
         ).cpu()
@@ -65,6 +66,7 @@ class Balance:
         """The micro-batch's part of the loss, with its factor; None where that is 0."""
         if not self._counted:
             self.count(routing, shares_T)
+        shares_T = shares_T[routing.own]
         self._compare(routing, shares_T)
         sums = [routing.layers[i].probs_TE.mul(shares_T[:, None]).sum(0) for i in range(len(self._counts))]
         probs_LE = torch.stack(sums)
@@ -73,17 +75,19 @@ class Balance:
             return None
         return self._coef * (probs_LE * self._factors().to(probs_LE)).sum()
 
-    def report(self, metrics: StepMetrics) -> None:
-        """Add the mini-batch's metrics. A collective, where nothing was counted before."""
+    def report(self, metrics: StepMetrics) -> float:
+        """Add the mini-batch's metrics; give back this worker's part of the loss that was minimised. A collective."""
         if not self._counted:
             self.counted()
-        loss = (self._collectives.all_reduce(self._probs, "sum") * self._factors()).sum()
-        metrics.mean("actor/router_aux_loss", float(loss), 1)
+        loss = float((self._collectives.all_reduce(self._probs, "sum") * self._factors()).sum())
+        metrics.mean("actor/router_aux_loss", loss, 1)
         load = self._counts.double() / self._counts.double().mean(1, keepdim=True).clamp(min=1e-9)
         metrics.max("actor/router_load_max", float(load.max()))
         metrics.min("actor/router_load_min", float(load.min()))
         if self._replay:
-            metrics.mean("rollout/router_agreement", self._agreed, self._told)
+            agreed, told = self._collectives.all_reduce(torch.tensor([self._agreed, self._told]), "sum").tolist()
+            metrics.mean("rollout/router_agreement", agreed, told)
+        return self._coef * loss if self._collectives.rank == 0 else 0.0
 
     def _compare(self, routing: Routing, shares_T: Tensor) -> None:
         """Count where a router that is told would have chosen the same."""

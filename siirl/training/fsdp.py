@@ -9,23 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from siirl.algorithms.aggregation import token_weights
-from siirl.config.schema import Config, TrainingConfig
+from siirl.config.schema import Config, ParallelConfig, TrainingConfig
+from siirl.dag.degrees import check_model
 from siirl.data.batch import Batch, Ragged
 from siirl.device.backend import Backend
 from siirl.device.collectives import Collectives
-from siirl.errors import SiirlError
+from siirl.errors import RequestError, SiirlError
 from siirl.model.critic import ValueModel
 from siirl.model.decoder import Decoder
 from siirl.model.experts import Routing
-from siirl.model.fallback import AnyDecoder
+from siirl.model.fallback import AnyDecoder, FallbackConfig
 from siirl.telemetry.accumulator import StepMetrics
 from siirl.training.balance import Balance, require_experts, shares
+from siirl.training.expert_parallel import spread_experts
 from siirl.training.losses import Loss
+from siirl.training.mesh import Mesh
 from siirl.training.microbatch import MicroBatch, dummy, input_lengths, mini_batch_index, pack, split
 from siirl.training.optimizer import lr_factor, make_optimizer
 from siirl.training.outputs import CriticModel, LogProbModel
 from siirl.training.replay import COLUMN, check_choices
 from siirl.training.sharding import shard, sum_gradients, whole
+from siirl.training.tensor_parallel import TensorParallel, parallelize, sum_partial
 
 
 class TrainingEngine:
@@ -34,8 +38,10 @@ class TrainingEngine:
     Args:
         model: a decoder, or a :class:`ValueModel`; moved to the device.
         training: of the run's main stage; says the dtype and whether the model is sharded.
-        backend, collectives: of this worker.
+        backend: of this worker.
+        collectives: of the workers that train.
         prefix: of this model's metrics, ``actor`` or ``critic``.
+        mesh: of the same workers; None for data parallel only.
     """
 
     def __init__(
@@ -45,16 +51,36 @@ class TrainingEngine:
         backend: Backend,
         collectives: Collectives,
         prefix: str,
+        mesh: Mesh | None = None,
     ) -> None:
         self.model, self.prefix = model, prefix
-        self._backend, self._collectives = backend, collectives
+        self._backend, self._mesh = backend, mesh or Mesh.plain(collectives)
         self._device = backend.device()
         self._dtype = getattr(torch, training.dtype)
         model.to(self._device)
         self.module: nn.Module = CriticModel(model) if isinstance(model, ValueModel) else LogProbModel(model)
-        self.sharded = training.sharding == "shard" and collectives.size > 1
+        self.sharded = training.sharding == "shard" and self._mesh.replicas.size > 1
+        self._parallel = self._spread(training)
+
+    def _spread(self, training: TrainingConfig) -> TensorParallel:
+        """Cut and shard the model over the workers of the mesh."""
+        mesh, parallel = self._mesh, training.parallel
+        if isinstance(self.module, LogProbModel | CriticModel):
+            self.module.context = (mesh.context, parallel.context_mode)
+        _check_degrees(self.model, parallel)
+        replicas, tensor = mesh.devices(self._device.type) if self.sharded or mesh.tensor.size > 1 else (None, None)
+        cut = parallelize(self.module, mesh.tensor, tensor, parallel.sequence)
+        if isinstance(self.module, LogProbModel) and cut.vocabulary:
+            self.module.vocabulary = mesh.tensor
+        self._spread_experts = spread_experts(self.module, mesh.expert, mesh.expert_devices(self._device.type))
         if self.sharded:
-            shard(self.module, self._dtype, backend, collectives)
+            shard(self.module, self._dtype, replicas)
+        return cut
+
+    @property
+    def whole(self) -> bool:
+        """Whether this worker holds every parameter as a plain tensor."""
+        return not self.sharded and self._mesh.tensor.size == 1 and self._mesh.expert.size == 1
 
     def begin(self, config: Config, lr: float | None) -> None:
         """Begin a stage with a new optimiser; ``lr`` is its peak rate, None for a model that is not trained."""
@@ -85,6 +111,7 @@ class TrainingEngine:
                 values = self._forward(micro, told)[0].float().cpu()
                 for row, start, end in zip(micro.rows.tolist(), micro.offsets, micro.offsets[1:], strict=False):
                     out[offsets[row] : offsets[row + 1]] = values[start:end]
+        self._reshard()
         return Ragged(out, offsets)
 
     @torch.no_grad()
@@ -104,6 +131,7 @@ class TrainingEngine:
             tokens.append(found[2].cpu())
             log_probs.append(found[0].float().cpu())
             texts = [[*text, int(token)] for text, token in zip(texts, tokens[-1], strict=True)]
+        self._reshard()
         return torch.stack(tokens, 1), torch.stack(log_probs, 1)
 
     def update(self, batch: Batch, loss: Loss, step: int, metrics: StepMetrics) -> None:
@@ -149,16 +177,17 @@ class TrainingEngine:
             routing = None if balance is None else Routing(micro.choices_TLK)
             outputs = self._forward(micro, routing)
             value = loss(outputs, part, weights.to(self._device), metrics)
+            metrics.sum(f"{self.prefix}/loss", value.item() / updates)
             if balance is not None and routing is not None:
                 even = balance.loss(routing, shares(micro, valid))
                 value = value if even is None else value + even
             # FSDP averages gradients over workers; the loss is normalised over all of them already, so they add up
-            (value * self._collectives.size if self.sharded else value).backward()
-            metrics.sum(f"{self.prefix}/loss", value.item() / updates)
+            (value * self._mesh.replicas.size if self.sharded else value).backward()
         if balance is not None:
-            balance.report(metrics)
+            metrics.sum(f"{self.prefix}/loss", balance.report(metrics) / updates)
         if not self.sharded:
-            sum_gradients(self.module, self._collectives)
+            self._sum_gradients()
+        sum_partial(self.module, self._parallel)
         norm = self._clip()
         metrics.mean(f"{self.prefix}/grad_norm", norm, 1)
         if not torch.isfinite(torch.tensor(norm)):
@@ -169,6 +198,11 @@ class TrainingEngine:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def _sum_gradients(self) -> None:
+        named = list(self.module.named_parameters())
+        sum_gradients([p for name, p in named if name not in self._spread_experts], self._mesh.replicas)
+        sum_gradients([p for name, p in named if name in self._spread_experts], self._mesh.same_experts)
+
     def _balance(self, micros: Sequence[MicroBatch], valid: Tensor, replay: bool) -> Balance | None:
         """The load of the actor's experts in a mini-batch, counted by a pass of its own where the loss needs it first.
 
@@ -178,7 +212,7 @@ class TrainingEngine:
             return None
         coef = self._config.training.router_aux_coef
         coef = self.model.config.router_aux_loss_coef if coef is None else coef
-        balance = Balance(self.model.config, coef, self._collectives, replay)
+        balance = Balance(self.model.config, coef, self._mesh.replicas, replay)
         if balance.needs_counts:
             with torch.no_grad():
                 for micro in micros:
@@ -198,6 +232,11 @@ class TrainingEngine:
         with self._backend.autocast(self._dtype):
             return self.module(*arguments)
 
+    def _reshard(self) -> None:
+        """After passes without a backward one, which would do it: parameters are those of the optimiser again."""
+        if self.sharded:
+            cast(Any, self.module).reshard()
+
     def _mini_batches(self, batch: Batch, count: int) -> list[Tensor]:
         index = mini_batch_index(batch.dense("slot"), self._config.data.prompts_per_step, count)
         return [(index == m).nonzero().squeeze(1) for m in range(count)]
@@ -209,15 +248,15 @@ class TrainingEngine:
         parts = split(input_lengths(batch)[rows], batch.dense("slot")[rows], self._config.training.micro_batch_tokens)
         micros = [pack(batch, rows[part], self._device) for part in parts]
         wanted = max(1, len(micros))  # a worker without rows still names its metrics and has gradients to add
-        if self.sharded:  # every pass is a collective: all workers make as many
-            wanted = int(self._collectives.all_reduce(torch.tensor(wanted), "max"))
+        if self.sharded or self._mesh.expert.size > 1:  # every pass is a collective: all workers make as many
+            wanted = int(self._mesh.replicas.all_reduce(torch.tensor(wanted), "max"))
         return micros + [dummy(self._device)] * (wanted - len(micros))
 
     def _global_counts(self, batch: Batch, minis: list[Tensor], valid: Tensor) -> list[tuple[int, int]]:
         """Response tokens and responses of each mini-batch over all workers."""
         lengths = batch.lengths("response_ids")
         counts = torch.tensor([[int(lengths[r][valid[r]].sum()), int(valid[r].sum())] for r in minis])
-        return [tuple(pair) for pair in self._collectives.all_reduce(counts, "sum").tolist()]
+        return [tuple(pair) for pair in self._mesh.data.all_reduce(counts, "sum").tolist()]
 
     def _clip(self) -> float:
         limit = self._config.training.max_grad_norm or float("inf")
@@ -228,3 +267,13 @@ class TrainingEngine:
         """The model's parameters by their own names, gathered whole one at a time where they are sharded."""
         for name, parameter in self.model.named_parameters():
             yield name, self._backend.to_canonical(whole(parameter))
+
+
+def _check_degrees(model: AnyDecoder | ValueModel, parallel: ParallelConfig) -> None:
+    if not isinstance(model.config, FallbackConfig):
+        check_model(model.config, parallel)
+        return
+    for name in ("tensor", "context", "expert"):
+        if (degree := getattr(parallel, name)) > 1:
+            key = f"training.parallel.{name}"
+            raise RequestError(f"{key} is {degree}, but transformers runs this model, which is not cut; set {key}=1")

@@ -7,14 +7,28 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from siirl.device.collectives import Collectives
 from siirl.model.critic import ValueModel
-from siirl.model.decoder import PackedAttention
+from siirl.model.decoder import local
 from siirl.model.experts import Routing
+from siirl.training.context_parallel import Part, part_of
 from siirl.training.microbatch import MicroBatch
+from siirl.training.tensor_parallel import vocabulary_argmax, vocabulary_log_prob
 from siirl_kernels import kernels
 
 
-class LogProbModel(nn.Module):
+class _Pass(nn.Module):
+    """A pass over a micro-batch, of which the workers of a context group compute a part each."""
+
+    context: tuple[Collectives, str] = (Collectives.single(), "ulysses")
+    vocabulary: Collectives = Collectives.single()
+    """Workers that hold a part of the vocabulary each."""
+
+    def part(self, micro: MicroBatch) -> Part:
+        return part_of(micro, *self.context)
+
+
+class LogProbModel(_Pass):
     """A decoder whose forward pass ends in log-probs, so that sharding gathers the head's weight where it is used."""
 
     def __init__(self, decoder: nn.Module) -> None:
@@ -29,19 +43,32 @@ class LogProbModel(nn.Module):
         With ``greedy`` they are of the likeliest tokens instead, whose ids come third, int64 [R]. ``routing`` is for a
         decoder with experts.
         """
+        part = self.part(micro)
+        if routing is not None:
+            routing.take(part.own)
         experts = () if routing is None else (routing,)
-        hidden = self.decoder(micro.tokens_T, micro.sequences.positions, PackedAttention(micro.sequences), *experts)
-        hidden, weight = hidden[micro.predict_R], self.decoder.head_weight
+        hidden = self.decoder(part.tokens_T, part.positions_T, part.attention, *experts)
+        hidden, weight = hidden[part.predict_R], local(cast(Tensor, self.decoder.head_weight))
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
-        if greedy:
-            tokens_R = nn.functional.linear(hidden, cast(Tensor, weight)).argmax(-1)
-            return (*kernels.linear_log_prob(hidden, weight, tokens_R, temperature), tokens_R)
-        return kernels.linear_log_prob(hidden, weight, micro.targets_R, temperature)
+        if not greedy:
+            return tuple(map(part.gather, self._log_prob(hidden, weight, part.targets_R, temperature)))
+        tokens_R = self._likeliest(hidden, weight)
+        return tuple(map(part.gather, (*self._log_prob(hidden, weight, tokens_R, temperature), tokens_R)))
+
+    def _log_prob(self, hidden: Tensor, weight: Tensor, tokens_R: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        if self.vocabulary.size > 1:
+            return vocabulary_log_prob(hidden, weight, tokens_R, temperature, self.vocabulary)
+        return kernels.linear_log_prob(hidden, weight, tokens_R, temperature)
+
+    def _likeliest(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        if self.vocabulary.size > 1:
+            return vocabulary_argmax(hidden, weight, self.vocabulary)
+        return nn.functional.linear(hidden, weight).argmax(-1)
 
 
-class CriticModel(nn.Module):
+class CriticModel(_Pass):
     """A value model over micro-batches."""
 
     def __init__(self, decoder: ValueModel) -> None:
@@ -50,5 +77,6 @@ class CriticModel(nn.Module):
 
     def forward(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, ...]:
         """Values at the positions that predict a response token, float32 [R]."""
-        values = self.decoder(micro.tokens_T, micro.sequences.positions, PackedAttention(micro.sequences))
-        return (values.float()[micro.predict_R],)
+        part = self.part(micro)
+        values = self.decoder(part.tokens_T, part.positions_T, part.attention)
+        return (part.gather(values.float()[part.predict_R]),)

@@ -23,6 +23,7 @@ from siirl.rollout.graphs import recorder
 from siirl.rollout.probe import BOUNDS, Answers, Probe, compare
 from siirl.rollout.sampling import Sampling
 from siirl.training.fsdp import TrainingEngine
+from siirl.training.mesh import Mesh
 
 # vLLM is started for sequences of at least so many tokens: probes use prompts of their own
 _VLLM_LENGTH = 128
@@ -38,10 +39,19 @@ class Models:
         backend: of this worker.
         collectives: of the workers with this role.
         role: of this worker.
+        mesh: of the workers that train; None for data parallel only, or where this worker does not train.
     """
 
-    def __init__(self, config: Config, backend: Backend, collectives: Collectives, role: Role = "all") -> None:
+    def __init__(
+        self,
+        config: Config,
+        backend: Backend,
+        collectives: Collectives,
+        role: Role = "all",
+        mesh: Mesh | None = None,
+    ) -> None:
         self._config, self._backend, self._collectives, self._role = config, backend, collectives, role
+        self._mesh = mesh
         loaded = self._load(config.model.path)
         self.tokenizer, self.decoder = loaded.tokenizer, loaded.model
         self.eos_ids = eos_ids(loaded.tokenizer, loaded.model.config)
@@ -55,7 +65,7 @@ class Models:
         if role != "rollout":
             self.engines["actor"] = self._engine(loaded.model, "actor")
             shareable = config.rollout.engine == "native" and config.training.dtype == "float32"
-            self._shared = role == "all" and not self.actor.sharded and shareable
+            self._shared = role == "all" and self.actor.whole and shareable
         self._rollout = None if role == "training" else self._rollout_engine()
         self.reloadable_reference = True
 
@@ -199,7 +209,7 @@ class Models:
         )
 
     def _engine(self, module: AnyDecoder | ValueModel, name: str) -> TrainingEngine:
-        return TrainingEngine(module, self._config.training, self._backend, self._collectives, name)
+        return TrainingEngine(module, self._config.training, self._backend, self._collectives, name, self._mesh)
 
     def _copy_of_actor(self, path: str | None) -> AnyDecoder:
         """A model of its own: from ``path``, else with the weights the actor has now."""
