@@ -110,7 +110,8 @@ class Job:
     def shared_weights(self) -> bool:
         """Whether the rollout engine computes with training's own tensors."""
         native = self.config.rollout.engine == "native" and not self.megatron
-        return native and not self.sharded and self.config.training.dtype == "float32"
+        whole = not self.sharded and self.training.tensor * self.training.expert == 1
+        return native and whole and self.config.training.dtype == "float32"
 
     @property
     def trained(self) -> tuple[str, ...]:

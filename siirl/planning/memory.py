@@ -55,7 +55,8 @@ def split_parameters(job: Job, model: str) -> tuple[float, float]:
     """
     shape, layout = job.shapes[model], job.training
     if not job.megatron:
-        return float(job.parameters(model)), 0.0
+        spread = shape.num_layers * shape.expert_parameters
+        return float(job.parameters(model) - spread), spread / layout.expert
     layers = -(-shape.num_layers // layout.pipeline)
     head = shape.hidden_size if model == "critic" else shape.embedding_parameters
     ends = shape.embedding_parameters + (shape.head_parameters if model != "critic" else shape.hidden_size)
@@ -80,7 +81,7 @@ def _resident(job: Job) -> Terms:
                 spread = dense / copies + experts / max(1, copies / job.training.expert)
                 terms["optimiser"] += (states + (4 if job.itemsize < 4 else 0)) * spread
             continue
-        parameters = job.parameters(model) / (job.workers if job.sharded else 1)
+        parameters = sum(split_parameters(job, model)) / (job.workers if job.sharded else 1)
         terms["weights"] += 4 * parameters
         terms["optimiser"] += states * parameters * trained
     if job.generates and not job.shared_weights:
@@ -171,10 +172,10 @@ def _copies(job: Job) -> bool:
     return job.itemsize < 4 and not job.sharded and not job.megatron
 
 
-def _matrices(job: Job, model: str) -> int:
-    """Elements of all matrices that are multiplied."""
+def _matrices(job: Job, model: str) -> float:
+    """Elements of all matrices that a worker multiplies with."""
     shape = job.shapes[model]
-    experts = shape.num_layers * shape.expert_parameters
+    experts = shape.num_layers * shape.expert_parameters / job.training.expert
     used = 3 * shape.num_layers * shape.experts_per_token * shape.hidden_size * shape.expert_size
     head = shape.embedding_parameters if model != "critic" else 0
     return shape.active_matrices - used + experts + head
@@ -202,7 +203,7 @@ def saved_bytes(job: Job, model: str) -> float:
 
 def _update(job: Job, model: str) -> Terms:
     shape, config = job.shapes[model], job.config
-    parameters = float(job.parameters(model))
+    parameters = sum(split_parameters(job, model))
     weights = _gathered(job, model) + (job.itemsize * _matrices(job, model) if _copies(job) else 0.0)
     if job.megatron:
         gradients = 4 * sum(split_parameters(job, model))

@@ -35,7 +35,7 @@ REFUSED = {
     "tensor parallel": ({"training.parallel.tensor": 2}, 4, "training.parallel.tensor=1"),
     "context parallel": ({"training.parallel.context": 2}, 4, "training.parallel.context=1"),
     "pipeline parallel": ({"training.parallel.pipeline": 4}, 4, "training.parallel.pipeline=1"),
-    "expert parallel": ({"training.parallel.expert": 2}, 4, "training.parallel.expert=1"),
+    "expert parallel": ({"training.parallel.expert": 6}, 4, "training.parallel.expert=2"),
     "data parallel of another size": ({"training.parallel.data": 2}, 4, "training.parallel.data=4"),
 }
 

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from siirl.config.schema import Config
 from siirl.data.batch import Batch
-from siirl.device.collectives import Collectives
 from siirl.errors import RequestError
 from siirl.model.decoder import Decoder, PackedAttention
 from siirl.model.experts import Routing
 from siirl_kernels.packing import PackedSequences
-from tests import device_under_test
 from tests.training.batches import batch, config, decoder
 from tests.training.test_updates import engine, update, weights
 
@@ -139,42 +134,3 @@ def test_the_loss_evens_out_the_load() -> None:
     assert before["actor/router_aux_loss"] > 2.1  # balanced, it is the number of a token's experts
     assert after["actor/router_aux_loss"] < 2 + 0.5 * (before["actor/router_aux_loss"] - 2)
     assert after["actor/router_load_max"] < before["actor/router_load_max"]
-
-
-def _worker(rank: int, size: int, port: int, sharding: str, rows: list[list[int]], folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    backend = device_under_test.backend()
-    backend.bind(rank)
-    collectives = Collectives.init(backend, rank, size, 60)
-    given = settings(training__sharding=sharding, training__micro_batch_tokens=24, algorithm__mini_batches=2)
-    trained, metrics = update(given, samples().take(rows[rank]), steps=3, collectives=collectives, model=mixture())
-    torch.save((weights(trained), metrics), f"{folder}/{rank}.pt")
-    collectives.close()
-
-
-HALVES, ONE_EMPTY = [[0, 1, 2, 3, 6, 7], [4, 5, 8, 9, 10, 11]], [list(range(12)), []]
-
-
-@pytest.mark.parametrize(
-    ("sharding", "rows"),
-    [
-        pytest.param("replicate", HALVES, marks=pytest.mark.long),
-        ("replicate", ONE_EMPTY),
-        ("shard", HALVES),
-        pytest.param("shard", ONE_EMPTY, marks=pytest.mark.long),
-    ],
-    ids=["replicate", "replicate, one empty", "shard", "shard, one empty"],
-)
-def test_workers_do_not_change_the_update(sharding: str, rows: list[list[int]], tmp_path) -> None:
-    given = settings(training__micro_batch_tokens=24, algorithm__mini_batches=2)
-    alone, expected = update(given, samples(), steps=3, model=mixture())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_worker, (2, port, sharding, rows, str(tmp_path)), nprocs=2)
-    for rank in range(2):
-        own, metrics = torch.load(f"{tmp_path}/{rank}.pt", weights_only=True)
-        assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-6)
-        for name, tensor in weights(alone).items():
-            torch.testing.assert_close(own[name], tensor, atol=1e-5, rtol=1e-5)

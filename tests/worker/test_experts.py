@@ -20,10 +20,12 @@ def recipe(tmp_path: Path) -> Path:
     return write_recipe(tmp_path, EXPERTS)
 
 
-def test_two_workers_learn_what_one_does(recipe: Path, tmp_path: Path) -> None:
+def test_two_workers_with_half_of_the_experts_each_learn_what_one_does(recipe: Path, tmp_path: Path) -> None:
     given = ("algorithm.mini_batches=2", "rollout.router_replay=true")
     run(recipe, tmp_path / "one", *given)
-    run(recipe, tmp_path / "two", "--workers", "2", *given)
+    parts = ("--workers", "2", "training.parallel.expert=2", *given)
+    run(recipe, tmp_path / "two", *parts, "training.steps=1")
+    run(recipe, tmp_path / "two", *parts, "--resume")
     one, two = learned(tmp_path / "one"), learned(tmp_path / "two")
     for a, b in zip(one, two, strict=True):
         shared = (a.keys() & b.keys()) - {"stage", "data/redistributed_bytes"}
