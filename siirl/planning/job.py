@@ -10,7 +10,7 @@ from siirl.config.schema import Config
 from siirl.dag import Graph, Layout, Step, check_batch, plan_steps, rollout_layout, training_layout
 from siirl.errors import RequestError
 from siirl.planning.cluster import Cluster
-from siirl.planning.models import find_shape
+from siirl.planning.models import check_degrees, find_shape
 from siirl.planning.shape import ModelShape
 from siirl.planning.workload import Lengths, Rows
 
@@ -60,6 +60,7 @@ class Job:
         paths = {"actor": model.path, "reference": model.reference or model.path, "critic": model.critic or model.path}
         keys = {"actor": "model.path", "reference": "model.reference", "critic": "model.critic"}
         shapes = {name: find_shape(paths[name], keys[name]) for name in dict.fromkeys(("actor", *models))}
+        check_degrees(config)
         expected = lengths or Lengths.of(config)
         return cls(config, grown, expected, workers, steps, models, shapes, graph)
 
@@ -104,7 +105,18 @@ class Job:
     @property
     def sharded(self) -> bool:
         """Whether FSDP2 shards the models."""
-        return self.config.training.sharding == "shard" and self.workers > 1 and not self.megatron
+        return self.config.training.sharding == "shard" and self.replicas > 1 and not self.megatron
+
+    @property
+    def replicas(self) -> int:
+        """Workers with the same part of the weights before they are sharded."""
+        return self.training.data * self.training.context
+
+    def held(self, model: str) -> float:
+        """Parameters of a worker's part of a model before they are sharded: tensor parallelism cuts them, expert
+        parallelism deals out the experts."""
+        experts = self.shapes[model].num_layers * self.shapes[model].expert_parameters
+        return (self.parameters(model) - experts + experts / self.training.expert) / self.training.tensor
 
     @property
     def shared_weights(self) -> bool:

@@ -41,7 +41,7 @@ def _of_step(job: Job, step: Step) -> Terms:
         return _forward(job, step.model)
     if step.op == "update" and step.model:
         return _update(job, step.model)
-    if step.op == "sync_weights" and job.sharded:
+    if step.op == "sync_weights" and (job.sharded or job.training.tensor > 1):
         shape = job.actor
         return {"buffers": 4.0 * max(shape.embedding_parameters, shape.hidden_size * shape.intermediate_size)}
     return {}
@@ -56,7 +56,7 @@ def split_parameters(job: Job, model: str) -> tuple[float, float]:
     shape, layout = job.shapes[model], job.training
     if not job.megatron:
         spread = shape.num_layers * shape.expert_parameters
-        return float(job.parameters(model) - spread), spread / layout.expert
+        return job.held(model) - spread / layout.expert, spread / layout.expert
     layers = -(-shape.num_layers // layout.pipeline)
     head = shape.hidden_size if model == "critic" else shape.embedding_parameters
     ends = shape.embedding_parameters + (shape.head_parameters if model != "critic" else shape.hidden_size)
@@ -81,7 +81,7 @@ def _resident(job: Job) -> Terms:
                 spread = dense / copies + experts / max(1, copies / job.training.expert)
                 terms["optimiser"] += (states + (4 if job.itemsize < 4 else 0)) * spread
             continue
-        parameters = sum(split_parameters(job, model)) / (job.workers if job.sharded else 1)
+        parameters = job.held(model) / (job.replicas if job.sharded else 1)
         terms["weights"] += 4 * parameters
         terms["optimiser"] += states * parameters * trained
     if job.generates and not job.shared_weights:
@@ -164,7 +164,7 @@ def _gathered(job: Job, model: str) -> float:
     """What FSDP2 holds whole: embedding, last norm and head through a pass, and two layers at a time."""
     shape = job.shapes[model]
     root = shape.embedding_parameters + shape.head_parameters * (model != "critic") + shape.hidden_size
-    return (root + 2 * shape.layer_parameters) * job.itemsize if job.sharded else 0.0
+    return (root + 2 * shape.layer_parameters) / job.training.tensor * job.itemsize if job.sharded else 0.0
 
 
 def _copies(job: Job) -> bool:
@@ -178,7 +178,7 @@ def _matrices(job: Job, model: str) -> float:
     experts = shape.num_layers * shape.expert_parameters / job.training.expert
     used = 3 * shape.num_layers * shape.experts_per_token * shape.hidden_size * shape.expert_size
     head = shape.embedding_parameters if model != "critic" else 0
-    return shape.active_matrices - used + experts + head
+    return (shape.active_matrices - used + experts + head) / job.training.tensor
 
 
 def _forward(job: Job, model: str) -> Terms:
@@ -203,16 +203,16 @@ def saved_bytes(job: Job, model: str) -> float:
 
 def _update(job: Job, model: str) -> Terms:
     shape, config = job.shapes[model], job.config
-    parameters = sum(split_parameters(job, model))
+    parameters = job.held(model)
     weights = _gathered(job, model) + (job.itemsize * _matrices(job, model) if _copies(job) else 0.0)
     if job.megatron:
         gradients = 4 * sum(split_parameters(job, model))
     elif job.sharded:
         # gradients wait whole, in float32, until the last micro-batch's backward pass reduces and scatters them
-        whole = parameters if micro_batches(job) > 1 else 2 * shape.layer_parameters
-        gradients = 4 * whole + 4 * parameters / job.workers
+        whole = parameters if micro_batches(job) > 1 else 2 * shape.layer_parameters / job.training.tensor
+        gradients = 4 * whole + 4 * parameters / job.replicas
     else:
-        gradients = 4 * parameters + (4 * min(parameters, BUCKET) if job.workers > 1 else 0)
+        gradients = 4 * parameters + (4 * min(parameters, BUCKET) if job.replicas > 1 else 0)
     terms = {
         "weights": weights,
         "gradients": gradients,
@@ -221,5 +221,5 @@ def _update(job: Job, model: str) -> Terms:
     }
     if config.training.optimizer == "adamw" and not job.cluster.device.unified:
         # the batched form of AdamW has one intermediate of the parameters' size
-        terms["optimiser"] = 4 * parameters / (job.workers if job.sharded else 1) * (not job.megatron)
+        terms["optimiser"] = 4 * parameters / (job.replicas if job.sharded else 1) * (not job.megatron)
     return terms
