@@ -65,7 +65,7 @@ class Router(nn.Module):
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """Probabilities of the experts, [T, E]."""
-        logits_TE = kernels.linear(x_TH, self.weight, None)
+        logits_TE = kernels.linear(x_TH, self.weight.to(x_TH.dtype), None)
         wide = torch.float64 if logits_TE.dtype == torch.float64 else torch.float32
         return logits_TE.softmax(-1, dtype=wide)
 
@@ -83,8 +83,8 @@ class Experts(nn.Module):
         """Σ_k weights_TK · expert(x), [T, H]."""
         places_TK, offsets = sort_by_expert(chosen_TK, len(self.down_proj))
         x_RH = kernels.permute_tokens(x_TH, places_TK)
-        gate_RJ, up_RJ = kernels.grouped_linear(x_RH, offsets, self.gate_up_proj).chunk(2, -1)
-        out_RH = kernels.grouped_linear(kernels.swiglu(gate_RJ, up_RJ), offsets, self.down_proj)
+        gate_RJ, up_RJ = kernels.grouped_linear(x_RH, offsets, self.gate_up_proj.to(x_TH.dtype)).chunk(2, -1)
+        out_RH = kernels.grouped_linear(kernels.swiglu(gate_RJ, up_RJ), offsets, self.down_proj.to(x_TH.dtype))
         return kernels.unpermute_tokens(out_RH, places_TK, weights_TK)
 
 

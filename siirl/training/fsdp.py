@@ -53,8 +53,12 @@ class TrainingEngine:
         model.to(self._device)
         self.module: nn.Module = CriticModel(model) if isinstance(model, ValueModel) else LogProbModel(model)
         self.sharded = training.sharding == "shard" and collectives.size > 1
+        decoder = model.decoder if isinstance(model, ValueModel) else model
+        self._autocast = self._dtype != torch.float32 and not self.sharded and not isinstance(decoder, Decoder)
         if self.sharded:
             shard(self.module, self._dtype, backend, collectives)
+        elif isinstance(decoder, Decoder):
+            decoder.compute_dtype = self._dtype
 
     def begin(self, config: Config, lr: float | None) -> None:
         """Begin a stage with a new optimiser; ``lr`` is its peak rate, None for a model that is not trained."""
@@ -193,7 +197,7 @@ class TrainingEngine:
         return self._compute(micro, temperature, *(() if routing is None else (False, routing)))
 
     def _compute(self, *arguments: Any) -> tuple[Tensor, ...]:
-        if self._dtype == torch.float32 or self.sharded:
+        if not self._autocast:
             return self.module(*arguments)
         with self._backend.autocast(self._dtype):
             return self.module(*arguments)
@@ -206,7 +210,9 @@ class TrainingEngine:
         if COLUMN in batch:
             assert isinstance(self.model, Decoder)
             check_choices(batch, self.model.config)
-        parts = split(input_lengths(batch)[rows], batch.dense("slot")[rows], self._config.training.micro_batch_tokens)
+        lengths, prompt_lengths = input_lengths(batch)[rows], batch.lengths("prompt_ids")[rows]
+        slots, budget = batch.dense("slot")[rows], self._config.training.micro_batch_tokens
+        parts = split(lengths, slots, prompt_lengths, budget)
         micros = [pack(batch, rows[part], self._device) for part in parts]
         wanted = max(1, len(micros))  # a worker without rows still names its metrics and has gradients to add
         if self.sharded:  # every pass is a collective: all workers make as many

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from siirl.model.critic import ValueModel
@@ -29,14 +28,13 @@ class LogProbModel(nn.Module):
         With ``greedy`` they are of the likeliest tokens instead, whose ids come third, int64 [R]. ``routing`` is for a
         decoder with experts.
         """
-        experts = () if routing is None else (routing,)
-        hidden = self.decoder(micro.tokens_T, micro.sequences.positions, PackedAttention(micro.sequences), *experts)
-        hidden, weight = hidden[micro.predict_R], self.decoder.head_weight
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        attention = PackedAttention(micro.sequences)
+        experts = {} if routing is None else {"routing": routing}
+        states = self.decoder(micro.tokens_T, micro.sequences.positions, attention, micro.states_S, **experts)
+        hidden = states.index_select(0, micro.state_R)
+        weight = cast(Tensor, self.decoder.head_weight).to(hidden.dtype)
         if greedy:
-            tokens_R = nn.functional.linear(hidden, cast(Tensor, weight)).argmax(-1)
+            tokens_R = nn.functional.linear(hidden, weight).argmax(-1)
             return (*kernels.linear_log_prob(hidden, weight, tokens_R, temperature), tokens_R)
         return kernels.linear_log_prob(hidden, weight, micro.targets_R, temperature)
 
@@ -50,5 +48,6 @@ class CriticModel(nn.Module):
 
     def forward(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, ...]:
         """Values at the positions that predict a response token, float32 [R]."""
-        values = self.decoder(micro.tokens_T, micro.sequences.positions, PackedAttention(micro.sequences))
-        return (values.float()[micro.predict_R],)
+        attention = PackedAttention(micro.sequences)
+        values = self.decoder(micro.tokens_T, micro.sequences.positions, attention, micro.states_S)
+        return (values.float()[micro.state_R],)
