@@ -190,7 +190,9 @@ class TrainingConfig(Section):
     router_aux_coef: NonNegativeFloat | None = Field(
         0.0, description="mixture of experts: coefficient of the load-balance loss; null: the checkpoint's"
     )
-    micro_batch_tokens: Positive = Field(16_384, description="prompt + response tokens of one forward pass")
+    micro_batch_tokens: Positive = Field(
+        16_384, description="distinct tokens of one forward pass: a prompt counts once"
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the forward pass; masters are float32")
     sharding: Literal["replicate", "shard"] = Field(
         "replicate", description="shard: FSDP2; replicate: plain data parallel"

@@ -81,7 +81,7 @@ class Router(nn.Module):
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """Probabilities of the experts, [T, E]."""
-        logits_TE = kernels.linear(x_TH, local(self.weight), None)
+        logits_TE = kernels.linear(x_TH, local(self.weight).to(x_TH.dtype), None)
         wide = torch.float64 if logits_TE.dtype == torch.float64 else torch.float32
         return logits_TE.softmax(-1, dtype=wide)
 
@@ -107,8 +107,9 @@ class Experts(nn.Module):
         return kernels.unpermute_tokens(out_RH, places_TK, weights_TK)
 
     def _compute(self, x_RH: Tensor, offsets: Tensor) -> Tensor:
-        gate_RJ, up_RJ = kernels.grouped_linear(x_RH, offsets, local(self.gate_up_proj)).chunk(2, -1)
-        return kernels.grouped_linear(kernels.swiglu(gate_RJ, up_RJ), offsets, local(self.down_proj))
+        gate_up, down = (local(weight).to(x_RH.dtype) for weight in (self.gate_up_proj, self.down_proj))
+        gate_RJ, up_RJ = kernels.grouped_linear(x_RH, offsets, gate_up).chunk(2, -1)
+        return kernels.grouped_linear(kernels.swiglu(gate_RJ, up_RJ), offsets, down)
 
 
 class SparseMLP(nn.Module):

@@ -48,7 +48,7 @@ class InferenceDecoder:
         cos_TD, sin_TD = self._decoder.rotary(positions_T, x_TH.dtype)
         for block, weights, (keys, values) in zip(self._decoder.blocks, self._layers, caches, strict=True):
             if weights is None:
-                x_TH = block(x_TH, cos_TD, sin_TD, _Paged(keys, values, sequences), routing)
+                x_TH = block(x_TH, cos_TD, sin_TD, _Paged(keys, values, sequences), routing=routing)
             else:
                 x_TH = kernels.inference_layer(x_TH, cos_TD, sin_TD, weights, keys, values, sequences)
         return self._decoder.model.norm(x_TH)

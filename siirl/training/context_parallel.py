@@ -29,7 +29,9 @@ class Part:
     Attributes:
         tokens_T, positions_T: its tokens, and their positions in their sequences.
         attention: of its tokens to all.
-        predict_R, targets_R: see :class:`MicroBatch`; of its tokens, numbered anew.
+        keep_S: tokens that the last layer ends in; None: all.
+        predict_R: which of these predicts each response token.
+        targets_R: see :class:`MicroBatch`; of its tokens.
         own: which of the micro-batch's tokens these are.
         gather: from a number for each of its response tokens, [R, ...], to those of all, in the micro-batch's order.
             The gradient is taken to be the same on all workers.
@@ -38,23 +40,30 @@ class Part:
     tokens_T: Tensor
     positions_T: Tensor
     attention: Attention
+    keep_S: Tensor | None
     predict_R: Tensor
     targets_R: Tensor
     own: slice
     gather: Callable[[Tensor], Tensor]
 
 
-def part_of(micro: MicroBatch, group: Collectives, mode: str) -> Part:
-    """The part of the worker of ``group`` that asks; ``mode`` is ``ulysses`` or ``ring``."""
+def part_of(micro: MicroBatch, group: Collectives, mode: str, keeps_all: bool = False) -> Part:
+    """The part of the worker of ``group`` that asks; ``mode`` is ``ulysses`` or ``ring``.
+
+    Where tokens are not cut the last layer leaves out those that predict nothing, unless ``keeps_all``.
+    """
     sequences, tokens = micro.sequences, micro.tokens_T
     if group.size == 1:
         attention = PackedAttention(sequences)
-        return Part(tokens, sequences.positions, attention, micro.predict_R, micro.targets_R, slice(None), lambda x: x)
+        keep_S, predict_R = (None, micro.states_S[micro.state_R]) if keeps_all else (micro.states_S, micro.state_R)
+        targets_R = micro.targets_R
+        return Part(tokens, sequences.positions, attention, keep_S, predict_R, targets_R, slice(None), lambda x: x)
+    predict_R = micro.states_S[micro.state_R]
     counts = shares(len(tokens), group.size)
     start = sum(counts[: group.rank])
     own = slice(start, start + counts[group.rank])
     bounds = torch.tensor(counts, device=tokens.device).cumsum(0)
-    holder_R = torch.searchsorted(bounds, micro.predict_R, right=True)
+    holder_R = torch.searchsorted(bounds, predict_R, right=True)
     mine_R = (holder_R == group.rank).nonzero().squeeze(1)
     held = torch.bincount(holder_R, minlength=group.size).tolist()
     place_R = holder_R.argsort(stable=True).argsort()
@@ -67,7 +76,8 @@ def part_of(micro: MicroBatch, group: Collectives, mode: str) -> Part:
         tokens[own],
         sequences.positions[own],
         kind(sequences, counts, group),
-        micro.predict_R[mine_R] - start,
+        None,
+        predict_R[mine_R] - start,
         micro.targets_R[mine_R],
         own,
         gathered,

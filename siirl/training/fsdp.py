@@ -61,12 +61,17 @@ class TrainingEngine:
         self.module: nn.Module = CriticModel(model) if isinstance(model, ValueModel) else LogProbModel(model)
         self.sharded = training.sharding == "shard" and self._mesh.replicas.size > 1
         self._parallel = self._spread(training)
+        decoder = model.decoder if isinstance(model, ValueModel) else model
+        self._autocast = self._dtype != torch.float32 and not self.sharded and not isinstance(decoder, Decoder)
+        if not self.sharded and isinstance(decoder, Decoder):
+            decoder.compute_dtype = self._dtype
 
     def _spread(self, training: TrainingConfig) -> TensorParallel:
         """Cut and shard the model over the workers of the mesh."""
         mesh, parallel = self._mesh, training.parallel
         if isinstance(self.module, LogProbModel | CriticModel):
             self.module.context = (mesh.context, parallel.context_mode)
+            self.module.keeps_all = mesh.tensor.size > 1
         _check_degrees(self.model, parallel)
         replicas, tensor = mesh.devices(self._device.type) if self.sharded or mesh.tensor.size > 1 else (None, None)
         cut = parallelize(self.module, mesh.tensor, tensor, parallel.sequence)
@@ -227,7 +232,7 @@ class TrainingEngine:
         return self._compute(micro, temperature, *(() if routing is None else (False, routing)))
 
     def _compute(self, *arguments: Any) -> tuple[Tensor, ...]:
-        if self._dtype == torch.float32 or self.sharded:
+        if not self._autocast:
             return self.module(*arguments)
         with self._backend.autocast(self._dtype):
             return self.module(*arguments)
@@ -245,7 +250,9 @@ class TrainingEngine:
         if COLUMN in batch:
             assert isinstance(self.model, Decoder)
             check_choices(batch, self.model.config)
-        parts = split(input_lengths(batch)[rows], batch.dense("slot")[rows], self._config.training.micro_batch_tokens)
+        lengths, prompt_lengths = input_lengths(batch)[rows], batch.lengths("prompt_ids")[rows]
+        slots, budget = batch.dense("slot")[rows], self._config.training.micro_batch_tokens
+        parts = split(lengths, slots, prompt_lengths, budget)
         micros = [pack(batch, rows[part], self._device) for part in parts]
         wanted = max(1, len(micros))  # a worker without rows still names its metrics and has gradients to add
         if self.sharded or self._mesh.expert.size > 1:  # every pass is a collective: all workers make as many

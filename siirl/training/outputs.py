@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from siirl.device.collectives import Collectives
@@ -24,8 +23,11 @@ class _Pass(nn.Module):
     vocabulary: Collectives = Collectives.single()
     """Workers that hold a part of the vocabulary each."""
 
+    keeps_all = False
+    """The last layer computes every token: its workers hold parts of the same ones."""
+
     def part(self, micro: MicroBatch) -> Part:
-        return part_of(micro, *self.context)
+        return part_of(micro, *self.context, keeps_all=self.keeps_all)
 
 
 class LogProbModel(_Pass):
@@ -46,12 +48,10 @@ class LogProbModel(_Pass):
         part = self.part(micro)
         if routing is not None:
             routing.take(part.own)
-        experts = () if routing is None else (routing,)
-        hidden = self.decoder(part.tokens_T, part.positions_T, part.attention, *experts)
-        hidden, weight = hidden[part.predict_R], local(cast(Tensor, self.decoder.head_weight))
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        experts = {} if routing is None else {"routing": routing}
+        states = self.decoder(part.tokens_T, part.positions_T, part.attention, part.keep_S, **experts)
+        hidden = states.index_select(0, part.predict_R)
+        weight = local(cast(Tensor, self.decoder.head_weight)).to(hidden.dtype)
         if not greedy:
             return tuple(map(part.gather, self._log_prob(hidden, weight, part.targets_R, temperature)))
         tokens_R = self._likeliest(hidden, weight)
@@ -78,5 +78,5 @@ class CriticModel(_Pass):
     def forward(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, ...]:
         """Values at the positions that predict a response token, float32 [R]."""
         part = self.part(micro)
-        values = self.decoder(part.tokens_T, part.positions_T, part.attention)
+        values = self.decoder(part.tokens_T, part.positions_T, part.attention, part.keep_S)
         return (part.gather(values.float()[part.predict_R]),)

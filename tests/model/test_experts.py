@@ -111,7 +111,7 @@ def test_told_its_own_choice_a_model_computes_the_same_bits(directory: Path, seq
 
     def run(routing: Routing) -> Tensor:
         with torch.no_grad():
-            return decoder(tokens, packed.positions, PackedAttention(packed), routing)
+            return decoder(tokens, packed.positions, PackedAttention(packed), routing=routing)
 
     free = Routing()
     hidden = run(free)

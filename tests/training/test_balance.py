@@ -55,7 +55,7 @@ def router_logits(model: Decoder) -> list[Tensor]:
     inputs = [torch.cat((prompts[i], responses[i][:-1])) for i in rows]
     packed = PackedSequences(tuple(map(len, inputs)), torch.device("cpu"))
     routing = Routing()
-    model(torch.cat(inputs), packed.positions, PackedAttention(packed), routing)
+    model(torch.cat(inputs), packed.positions, PackedAttention(packed), routing=routing)
     return [routing.layers[i].probs_TE.log() for i in range(len(routing.layers))]
 
 

@@ -77,7 +77,7 @@ def own_choices(decoder: Decoder, done: Completions) -> list[Tensor]:
         tokens = torch.cat((torch.tensor(PROMPTS[row // GROUP]), response[:-1])).to(device())
         packed, routing = PackedSequences((len(tokens),), device()), Routing()
         with torch.no_grad():
-            decoder(tokens, packed.positions, PackedAttention(packed), routing)
+            decoder(tokens, packed.positions, PackedAttention(packed), routing=routing)
         found.append(routing.chosen_TLK.cpu())
     return found
 
@@ -170,7 +170,7 @@ def test_weights_of_replayed_experts_are_trainings_own_with_their_gradient() -> 
         )
         tokens = torch.cat((prompt, response[:-1]))
         packed = PackedSequences((len(tokens),), device())
-        logits = model.logits(model(tokens, packed.positions, PackedAttention(packed), Routing(choices)))
+        logits = model.logits(model(tokens, packed.positions, PackedAttention(packed), routing=Routing(choices)))
         log_probs = logits[len(prompt) - 1 :].log_softmax(-1).gather(1, response[:, None]).squeeze(1)
         total = total - ((log_probs - log_probs.detach()).exp() * advantages).sum()
     (total / len(samples.ragged("response_ids").values)).backward()
