@@ -60,6 +60,7 @@ class TrainingEngine:
     def _spread(self, training: TrainingConfig) -> TensorParallel:
         """Cut and shard the model over the workers of the mesh."""
         mesh, parallel = self._mesh, training.parallel
+        assert (mesh.tensor.size, mesh.context.size) == (parallel.tensor, parallel.context), "a mesh of other degrees"
         if isinstance(self.module, LogProbModel | CriticModel):
             self.module.context = (mesh.context, parallel.context_mode)
         _check_degrees(self.model, parallel)
