@@ -105,7 +105,7 @@ class CpuBackend(TorchBackend):
             importlib.import_module(f"siirl_kernels.{provider}")
 
     def _bind_device(self, local_rank: int) -> None:
-        pass  # every worker of a node shares the host
+        host.keep_freed_memory()  # every worker of a node shares the host
 
     def device(self) -> Device:
         return self.torch.device("cpu")

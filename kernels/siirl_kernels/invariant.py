@@ -3,7 +3,7 @@
 Every sum has one order of additions (``native/``), so a token's numbers are the same alone or in any batch, with
 any number of threads, in a prompt cut anywhere, and in generation (:func:`paged_attention`) as in training
 (:func:`packed_attention`): the log-prob that :func:`categorical` reports is the one :func:`linear_log_prob` finds.
-Gradients are those of the references, from the inputs alone. In other dtypes the references run, which promise none of
+Gradients are those of ``native`` or of the references. In other dtypes the references run, which promise none of
 this. The order never asks for these implementations; :func:`invariant_pins` pins them.
 """
 
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from siirl_kernels import reference
-from siirl_kernels.linear_log_prob import LinearLogProb, chunks
-from siirl_kernels.native import functions, takes_layer
+from siirl_kernels.native import functions, takes_layer, training
 from siirl_kernels.native.build import unavailable
 from siirl_kernels.packing import PackedSequences
 from siirl_kernels.paging import PagedSequences
@@ -94,27 +93,17 @@ def _normalises(x: Tensor, weight: Tensor, eps: float) -> bool:
     return _single(x, weight)
 
 
-@implementation("rms_norm", PROVIDER, supports=_normalises)
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _differentiable(functions.rms_norm, reference.rms_norm, x, weight, eps)
-
-
 def _rotates(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> bool:
     return _single(x_TND, cos_TD, sin_TD)
-
-
-@implementation("rope", PROVIDER, supports=_rotates)
-def rope(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    return _differentiable(functions.rope, reference.rope, x_TND, cos_TD, sin_TD)
 
 
 def _activates(gate: Tensor, up: Tensor) -> bool:
     return _single(gate, up)
 
 
-@implementation("swiglu", PROVIDER, supports=_activates)
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return _differentiable(functions.swiglu, reference.swiglu, gate, up)
+implementation("rms_norm", PROVIDER, supports=_normalises)(training.rms_norm)
+implementation("rope", PROVIDER, supports=_rotates)(training.rope)
+implementation("swiglu", PROVIDER, supports=_activates)(training.swiglu)
 
 
 def _multiplies(x_TH: Tensor, weight_OH: Tensor, bias: Tensor | None) -> bool:
@@ -175,31 +164,21 @@ def paged_attention(
     return functions.paged_attention(q_TND, k_TKD, v_TKD, keys_PSKD, values_PSKD, sequences)
 
 
-class _InvariantLogProb(LinearLogProb):
-    """Logits by :func:`linear`, log-probs by the code that draws tokens; the backward pass is the reference's."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        log_prob = torch.empty(len(hidden), dtype=torch.float32)
-        entropy = torch.empty_like(log_prob)
-        for start, end in chunks(len(hidden), len(weight)):
-            logits = functions.linear(hidden[start:end], weight, None)
-            functions.log_prob_of(logits, target[start:end], temperature, log_prob[start:end], entropy[start:end])
-        ctx.save_for_backward(hidden, weight, target, entropy)
-        ctx.temperature = temperature
-        ctx.set_materialize_grads(False)
-        return log_prob, entropy
-
-
 def _scores(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, temperature: float) -> bool:
     return _single(hidden_TH, weight_VH)
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    return functions.linear(hidden, weight, None)
 
 
 @implementation("linear_log_prob", PROVIDER, supports=_scores)
 def linear_log_prob(
     hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    return _InvariantLogProb.apply(hidden_TH.contiguous(), weight_VH.contiguous(), target_T.contiguous(), temperature)
+    """Logits by :func:`linear`; log-probs by the code that draws tokens."""
+    tensors = (x.contiguous() for x in (hidden_TH, weight_VH, target_T))
+    return training.LinearLogProb.apply(*tensors, temperature, _logits)
 
 
 def _draws(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> bool:

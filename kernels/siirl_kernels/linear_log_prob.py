@@ -13,7 +13,7 @@ from torch import Tensor
 
 # Elements of one chunk of logits: 64 MiB in float32, small beside a model, large enough for full matmul speed.
 _CHUNK_ELEMENTS = 16 * 2**20
-# So many chunks of log-probs are kept for the backward pass; of more it computes all again.
+# So many chunks are kept for the backward pass; of more it computes all again.
 _KEPT_CHUNKS = 2
 
 
@@ -21,6 +21,11 @@ def chunks(tokens: int, vocabulary: int) -> list[tuple[int, int]]:
     """Where the chunks of tokens begin and end."""
     size = max(1, _CHUNK_ELEMENTS // vocabulary)
     return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def keeps(tokens: int, vocabulary: int) -> bool:
+    """Whether the forward pass leaves all its chunks to the backward pass."""
+    return tokens * vocabulary <= _KEPT_CHUNKS * _CHUNK_ELEMENTS
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
@@ -43,7 +48,7 @@ class LinearLogProb(torch.autograd.Function):
             log_p = _log_softmax(hidden[start:end], weight, temperature)
             log_prob[start:end] = log_p.gather(1, target[start:end, None]).squeeze(1)
             entropy[start:end] = -(log_p.exp() * log_p).sum(-1)
-            if tokens * vocabulary <= _KEPT_CHUNKS * _CHUNK_ELEMENTS:
+            if keeps(tokens, vocabulary):
                 kept.append(log_p)
         ctx.save_for_backward(hidden, weight, target, entropy, *kept)
         ctx.temperature = temperature

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from siirl_kernels import bind
 # is every time: a neighbour on the machine, or where its memory came to lie, can make it so once.
 RETRY_FACTOR = 3
 RETRIES = 2
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 @dataclass(frozen=True)
@@ -76,24 +74,11 @@ def run(request: Request, backend: Backend, echo: Callable[[str], None]) -> None
 
 def make_ready(backend: Backend, local_rank: int = 0) -> Backend:
     """Set up this process as a run's worker does, on one thread: other cores may be busy, and differ in number."""
-    _keep_freed_memory()
     backend.bind(local_rank, threads=1)
     backend.deterministic("on")
     backend.seed(0)
     bind(backend.kernel_order())
     return backend
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed (mallopt(3)).
-
-    By default it gives large tensors back to the system; taking them anew costs page faults, whose time depends on what
-    the system is doing, by factors.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @dataclass(frozen=True)

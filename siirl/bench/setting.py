@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,8 +12,11 @@ from siirl.config.schema import Config
 from siirl.data.batch import Batch, Ragged, offsets_of
 from siirl.device.backend import Backend
 from siirl.device.host import usable_cores
+from siirl.model.config import DecoderConfig
 from siirl.model.decoder import Decoder
 from siirl.model.load import load_model
+from siirl.planning.models import find_shape
+from siirl.planning.shape import ModelShape
 
 MODEL = "tiny:qwen3:128:2:512"
 END = 1  # the model's end-of-sequence token
@@ -34,6 +39,17 @@ def decoder(backend: Backend, path: str = MODEL) -> Decoder:
     model = load_model(path).model
     assert isinstance(model, Decoder)
     return model.to(backend.device())
+
+
+def decoder_of(backend: Backend, name: str) -> tuple[Decoder, ModelShape]:
+    """A model of a shipped shape on the device, its weights the same each time; and its shape."""
+    shape = find_shape(name)
+    sizes = shape.model_dump(include={field.name for field in fields(DecoderConfig)})
+    config = DecoderConfig(family="llama", max_positions=4096, **sizes)
+    with backend.device():
+        model = Decoder(config)
+    model.initialize(torch.Generator(backend.device()).manual_seed(0))
+    return model, shape
 
 
 def random_tokens(count: int, length: int, seed: int = 0) -> Tensor:

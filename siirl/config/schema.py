@@ -184,7 +184,9 @@ class TrainingConfig(Section):
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = Field(0.0, description="of matrices; norms and biases have none")
     max_grad_norm: PositiveFloat | None = Field(1.0, description="gradients are clipped to this norm; null: not")
-    micro_batch_tokens: Positive = Field(16_384, description="prompt + response tokens of one forward pass")
+    micro_batch_tokens: Positive = Field(
+        16_384, description="distinct tokens of one forward pass: a prompt counts once"
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the forward pass; masters are float32")
     sharding: Literal["replicate", "shard"] = Field(
         "replicate", description="shard: FSDP2; replicate: plain data parallel"

@@ -22,8 +22,10 @@ class ValueModel(nn.Module):
         self.value_head = nn.Linear(decoder.config.hidden_size, 1, bias=False)
         nn.init.zeros_(self.value_head.weight)
 
-    def forward(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention) -> Tensor:
-        """Values, float32 [T]; arguments as of :meth:`siirl.model.decoder.Decoder.forward`."""
-        hidden_TH = self.decoder(tokens_T, positions_T, attention)
+    def forward(
+        self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, keep_S: Tensor | None = None
+    ) -> Tensor:
+        """Values, float32 [T] or [S]; arguments as of :meth:`siirl.model.decoder.Decoder.forward`."""
+        hidden_TH = self.decoder(tokens_T, positions_T, attention, keep_S)
         # A product and a sum rather than a matrix product, which autocast would round to bfloat16.
         return (hidden_TH.float() * local(self.value_head.weight).float()).sum(-1, dtype=torch.float32)

@@ -48,7 +48,8 @@ class Linear(nn.Linear):
         pass
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        return kernels.linear(x_TH, local(self.weight), None if self.bias is None else local(self.bias))
+        bias = None if self.bias is None else local(self.bias).to(x_TH.dtype)
+        return kernels.linear(x_TH, local(self.weight).to(x_TH.dtype), bias)
 
 
 class Embedding(nn.Embedding):
@@ -68,7 +69,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, local(self.weight), self.eps)
+        return kernels.rms_norm(x, local(self.weight).to(x.dtype), self.eps)
 
 
 class SelfAttention(nn.Module):
@@ -83,12 +84,15 @@ class SelfAttention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, attention: Attention) -> Tensor:
+    def forward(
+        self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, attention: Attention, keep_S: Tensor | None = None
+    ) -> Tensor:
         heads = (-1, self.head_dim)
         q_TND = kernels.rope(self.q_norm(self.q_proj(x_TH).unflatten(1, heads)), cos_TD, sin_TD)
         k_TKD = kernels.rope(self.k_norm(self.k_proj(x_TH).unflatten(1, heads)), cos_TD, sin_TD)
         out_TND = attention(self.layer, q_TND, k_TKD, self.v_proj(x_TH).unflatten(1, heads))
-        return self.o_proj(out_TND.flatten(1))
+        out_TO = out_TND.flatten(1)
+        return self.o_proj(out_TO if keep_S is None else out_TO.index_select(0, keep_S))
 
 
 class MLP(nn.Module):
@@ -110,8 +114,12 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, attention: Attention) -> Tensor:
-        x_TH = x_TH + self.self_attn(self.input_layernorm(x_TH), cos_TD, sin_TD, attention)
+    def forward(
+        self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, attention: Attention, keep_S: Tensor | None = None
+    ) -> Tensor:
+        """The residual stream behind the layer; of the tokens ``keep_S`` alone where they are given."""
+        mixed_TH = self.self_attn(self.input_layernorm(x_TH), cos_TD, sin_TD, attention, keep_S)
+        x_TH = (x_TH if keep_S is None else x_TH.index_select(0, keep_S)) + mixed_TH
         return x_TH + self.mlp(self.post_attention_layernorm(x_TH))
 
 
@@ -124,7 +132,12 @@ class Backbone(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model of the Llama, Qwen2 or Qwen3 family; see :class:`DecoderConfig`."""
+    """A causal language model of the Llama, Qwen2 or Qwen3 family; see :class:`DecoderConfig`.
+
+    ``compute_dtype`` is what a pass computes in: every weight is cast to it where it is used. None: the weights' own.
+    """
+
+    compute_dtype: torch.dtype | None = None
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -134,19 +147,26 @@ class Decoder(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self._frequencies: Tensor | None = None
 
-    def forward(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention) -> Tensor:
-        """Hidden states after the final norm, [T, H].
+    def forward(
+        self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, keep_S: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states after the final norm, [T, H], or [S, H] of the tokens ``keep_S``.
+
+        Behind the last layer's attention a token does not need another, so there the others are left out.
 
         Args:
             tokens_T: token ids, int64 [T].
             positions_T: position of each token in its sequence, int64 [T].
             attention: attends for every layer, e.g. ``PackedAttention(sequences)``.
+            keep_S: int64 [S], packed tokens; None: all.
         """
         x_TH = self.model.embed_tokens(tokens_T)
+        x_TH = x_TH.to(self.compute_dtype or x_TH.dtype)
         cos_TD, sin_TD = self.rotary(positions_T, x_TH.dtype)
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x_TH = block(x_TH, cos_TD, sin_TD, attention)
-        return self.model.norm(x_TH)
+        return self.model.norm(last(x_TH, cos_TD, sin_TD, attention, keep_S))
 
     @property
     def blocks(self) -> list[Block]:

@@ -58,8 +58,12 @@ class TransformersDecoder(nn.Module):
         self.inner = inner.eval()
         self.config = _config(inner.config, eos_token_ids)
 
-    def forward(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention) -> Tensor:
-        """Hidden states after the final norm, [T, H]; ``positions_T`` must count from 0 in each sequence.
+    def forward(
+        self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, keep_S: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states after the final norm, [T, H], or [S, H] of the tokens ``keep_S``.
+
+        ``positions_T`` must count from 0 in each sequence.
 
         ``attention`` must be a :class:`PackedAttention`, whose sequences are used and whose kernel is not.
         """
@@ -69,7 +73,8 @@ class TransformersDecoder(nn.Module):
         lengths_B = torch.tensor(lengths, device=tokens_T.device)
         real_BL = torch.arange(tokens_BL.shape[1], device=tokens_T.device) < lengths_B[:, None]
         output = self.inner.base_model(input_ids=tokens_BL, attention_mask=real_BL.long(), use_cache=False)
-        return output.last_hidden_state[real_BL]
+        hidden_TH = output.last_hidden_state[real_BL]
+        return hidden_TH if keep_S is None else hidden_TH[keep_S]
 
     @property
     def head_weight(self) -> Tensor:

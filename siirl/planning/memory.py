@@ -167,7 +167,7 @@ def _gathered(job: Job, model: str) -> float:
 
 
 def _copies(job: Job) -> bool:
-    """Whether bfloat16 products make copies of float32 weights."""
+    """Whether bfloat16 passes make copies of float32 weights."""
     return job.itemsize < 4 and not job.sharded and not job.megatron
 
 
@@ -191,7 +191,7 @@ def _forward(job: Job, model: str) -> Terms:
 def saved_bytes(job: Job, model: str) -> float:
     """Activations of one micro-batch that wait for the backward pass on the fullest worker."""
     shape, layout = job.shapes[model], job.training
-    numbers: Numbers = "float32" if job.itemsize == 4 else "mixed" if _copies(job) else "bfloat16"
+    numbers: Numbers = "float32" if job.itemsize == 4 else "bfloat16"
     tokens = micro_tokens(job) / _inner(job)
     # with a pipeline the first stage holds as many micro-batches as there are stages: all layers of one in sum
     layers = shape.num_layers

@@ -12,8 +12,8 @@ from pydantic import Field
 
 from siirl.config.schema import NonNegative, Positive, PositiveFloat, Section
 
-Numbers = Literal["float32", "mixed", "bfloat16"]
-"""What a forward pass computes in; mixed: bfloat16 products of float32 weights and norms, as autocast does."""
+Numbers = Literal["float32", "bfloat16"]
+"""What a forward pass computes in."""
 
 
 class ModelShape(Section):
@@ -106,15 +106,14 @@ class ModelShape(Section):
     def saved_bytes(self, numbers: Numbers) -> int:
         """What one layer keeps of one token for the backward pass, without recomputation.
 
-        Both norms keep their input and the normalised input; what follows them keeps its input: once in float32 and
-        bfloat16, once a matrix (five) where bfloat16 products take float32 inputs (mixed). Norms over D keep their
-        input and the normalised one. Attention keeps its operands and result, (2N+2K)·D; the MLP gate, its SiLU, up
-        and their product, 4I (each of e experts its own 4J, and a copy of its input). Norms and attention keep a
+        Both norms keep their input and the normalised input; what follows them keeps its input. Norms over D keep
+        their input and the normalised one. Attention keeps its operands and result, (2N+2K)·D; the MLP gate, its SiLU,
+        up and their product, 4I (each of e experts its own 4J, and a copy of its input). Norms and attention keep a
         float32 statistic a row and head.
         """
         heads = (self.num_heads + self.num_kv_heads) * self.head_dim
         size = 4 if numbers == "float32" else 2
-        norms = {"float32": 24, "mixed": 26, "bfloat16": 16}[numbers] * self.hidden_size
+        norms = {"float32": 24, "bfloat16": 16}[numbers] * self.hidden_size
         head_norms = (8 if numbers == "float32" else 6) * heads * self.qk_norm
         mlp = 4 * self.intermediate_size * size
         if self.num_experts:

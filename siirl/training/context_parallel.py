@@ -29,7 +29,7 @@ class Part:
     Attributes:
         tokens_T, positions_T: its tokens, and their positions in their sequences.
         attention: of its tokens to all.
-        predict_R, targets_R: see :class:`MicroBatch`; of its tokens, numbered anew.
+        states_S, state_R, targets_R: see :class:`MicroBatch`; of its tokens, numbered anew.
         gather: from a number for each of its response tokens, [R, ...], to those of all, in the micro-batch's order.
             The gradient is taken to be the same on all workers.
     """
@@ -37,7 +37,8 @@ class Part:
     tokens_T: Tensor
     positions_T: Tensor
     attention: Attention
-    predict_R: Tensor
+    states_S: Tensor
+    state_R: Tensor
     targets_R: Tensor
     gather: Callable[[Tensor], Tensor]
 
@@ -47,12 +48,13 @@ def part_of(micro: MicroBatch, group: Collectives, mode: str) -> Part:
     sequences, tokens = micro.sequences, micro.tokens_T
     if group.size == 1:
         attention = PackedAttention(sequences)
-        return Part(tokens, sequences.positions, attention, micro.predict_R, micro.targets_R, lambda x: x)
+        return Part(tokens, sequences.positions, attention, micro.states_S, micro.state_R, micro.targets_R, lambda x: x)
     counts = shares(len(tokens), group.size)
     start = sum(counts[: group.rank])
     own = slice(start, start + counts[group.rank])
     bounds = torch.tensor(counts, device=tokens.device).cumsum(0)
-    holder_R = torch.searchsorted(bounds, micro.predict_R, right=True)
+    holder_S = torch.searchsorted(bounds, micro.states_S, right=True)  # ascending, as the states are
+    holder_R = holder_S[micro.state_R]
     mine_R = (holder_R == group.rank).nonzero().squeeze(1)
     held = torch.bincount(holder_R, minlength=group.size).tolist()
     place_R = holder_R.argsort(stable=True).argsort()
@@ -65,7 +67,8 @@ def part_of(micro: MicroBatch, group: Collectives, mode: str) -> Part:
         tokens[own],
         sequences.positions[own],
         kind(sequences, counts, group),
-        micro.predict_R[mine_R] - start,
+        micro.states_S[holder_S == group.rank] - start,
+        micro.state_R[mine_R] - (holder_S < group.rank).sum(),
         micro.targets_R[mine_R],
         gathered,
     )

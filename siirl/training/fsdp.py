@@ -16,6 +16,7 @@ from siirl.device.backend import Backend
 from siirl.device.collectives import Collectives
 from siirl.errors import RequestError, SiirlError
 from siirl.model.critic import ValueModel
+from siirl.model.decoder import Decoder
 from siirl.model.fallback import AnyDecoder, FallbackConfig
 from siirl.telemetry.accumulator import StepMetrics
 from siirl.training.losses import Loss
@@ -55,6 +56,10 @@ class TrainingEngine:
         model.to(self._device)
         self.module: nn.Module = CriticModel(model) if isinstance(model, ValueModel) else LogProbModel(model)
         self.sharded = training.sharding == "shard" and self._mesh.replicas.size > 1
+        decoder = model.decoder if isinstance(model, ValueModel) else model
+        self._autocast = self._dtype != torch.float32 and not self.sharded and not isinstance(decoder, Decoder)
+        if isinstance(decoder, Decoder) and not self.sharded:
+            decoder.compute_dtype = self._dtype
         self._parallel = self._spread(training)
 
     def _spread(self, training: TrainingConfig) -> TensorParallel:
@@ -63,6 +68,7 @@ class TrainingEngine:
         assert (mesh.tensor.size, mesh.context.size) == (parallel.tensor, parallel.context), "a mesh of other degrees"
         if isinstance(self.module, LogProbModel | CriticModel):
             self.module.context = (mesh.context, parallel.context_mode)
+            self.module.tokens_cut = mesh.tensor.size > 1 and parallel.sequence
         _check_degrees(self.model, parallel)
         replicas, tensor = mesh.devices(self._device.type) if self.sharded or mesh.tensor.size > 1 else (None, None)
         cut = parallelize(self.module, mesh.tensor, tensor, parallel.sequence)
@@ -187,7 +193,7 @@ class TrainingEngine:
         return self._compute(micro, self._config.rollout.temperature or 1.0)
 
     def _compute(self, *arguments: Any) -> tuple[Tensor, ...]:
-        if self._dtype == torch.float32 or self.sharded:
+        if not self._autocast:
             return self.module(*arguments)
         with self._backend.autocast(self._dtype):
             return self.module(*arguments)
@@ -202,7 +208,9 @@ class TrainingEngine:
         return [(index == m).nonzero().squeeze(1) for m in range(count)]
 
     def _micro_batches(self, batch: Batch, rows: Tensor) -> list[MicroBatch]:
-        parts = split(input_lengths(batch)[rows], batch.dense("slot")[rows], self._config.training.micro_batch_tokens)
+        lengths, prompt_lengths = input_lengths(batch)[rows], batch.lengths("prompt_ids")[rows]
+        slots, budget = batch.dense("slot")[rows], self._config.training.micro_batch_tokens
+        parts = split(lengths, slots, prompt_lengths, budget)
         micros = [pack(batch, rows[part], self._device) for part in parts]
         wanted = max(1, len(micros))  # a worker without rows still names its metrics and has gradients to add
         if self.sharded:  # every pass is a collective: all workers make as many

@@ -25,7 +25,8 @@ class MicroBatch:
         rows: int64 [N], rows of the batch, on the host.
         tokens_T: input token ids.
         sequences: where each row begins and ends in the input.
-        predict_R: positions in the input whose hidden state predicts a response token.
+        states_S: tokens of the input whose hidden states predict response tokens, ascending.
+        state_R: which of these states predicts each response token; a prompt's last one predicts all first tokens.
         targets_R: those response tokens.
         offsets: int64 [N+1] on the host: the response tokens of each row.
     """
@@ -33,42 +34,45 @@ class MicroBatch:
     rows: Tensor
     tokens_T: Tensor
     sequences: PackedSequences
-    predict_R: Tensor
+    states_S: Tensor
+    state_R: Tensor
     targets_R: Tensor
     offsets: Tensor
 
 
 def input_lengths(batch: Batch) -> Tensor:
-    """Input tokens of each row, int64 [rows]: what a micro-batch's budget counts."""
+    """Input tokens of each row, int64 [rows]."""
     return (batch.lengths("prompt_ids") + batch.lengths("response_ids") - 1).clamp(min=1)
 
 
-def split(lengths: Tensor, prompts: Tensor, budget: int) -> list[Tensor]:
-    """Split rows into micro-batches of at most ``budget`` tokens, each of at least one row.
+def split(lengths: Tensor, prompts: Tensor, prompt_lengths: Tensor, budget: int) -> list[Tensor]:
+    """Split rows into micro-batches of at most ``budget`` distinct tokens, each of at least one row.
 
-    Rows of one prompt stay together as far as they fit, so that its tokens are computed once; beyond that, like lengths
-    go together. What rows share counts for each of them: attention still keeps it for each.
+    Rows of one prompt stay together as far as they fit, so that its tokens are computed, and counted, once; beyond
+    that, like lengths go together.
 
     Args:
         lengths: int64 [rows].
         prompts: int64 [rows], which prompt each row answers.
+        prompt_lengths: int64 [rows], how many of its tokens are the prompt's.
         budget: tokens of one micro-batch.
 
     Returns:
         Row indices of each micro-batch, ascending within it; a function of the arguments alone.
     """
     longest: dict[int, int] = {}
-    rows = list(zip(lengths.tolist(), prompts.tolist(), range(len(lengths)), strict=True))
-    for length, prompt, _ in rows:
+    rows = list(zip(lengths.tolist(), prompts.tolist(), prompt_lengths.tolist(), range(len(lengths)), strict=True))
+    for length, prompt, _, _ in rows:
         longest[prompt] = max(length, longest.get(prompt, 0))
     parts: list[list[int]] = []
-    tokens = 0
-    for length, _, row in sorted(rows, key=lambda r: (-longest[r[1]], r[1], -r[0], r[2])):
-        if not parts or tokens + length > budget:
+    tokens, held = 0, -1
+    for length, prompt, shared, row in sorted(rows, key=lambda r: (-longest[r[1]], r[1], -r[0], r[3])):
+        more = length - shared if prompt == held else length
+        if not parts or tokens + more > budget:
             parts.append([])
-            tokens = 0
+            tokens, more = 0, length
         parts[-1].append(row)
-        tokens += length
+        tokens, held = tokens + more, prompt
     return [torch.tensor(sorted(part)) for part in parts]
 
 
@@ -103,11 +107,13 @@ def pack(batch: Batch, rows: Tensor, device: torch.device) -> MicroBatch:
     last_prompt = (starts[parent] + prompts.lengths - 1).repeat_interleave(responded)
     own = (starts + prompts.lengths - prefixes - 1).repeat_interleave(responded) + within
     shared = (tuple(parents), tuple(prefixes.tolist())) if bool(prefixes.any()) else ()
+    states, state = torch.where(within == 0, last_prompt, own).unique(return_inverse=True)
     return MicroBatch(
         rows,
         torch.cat(pieces).to(device),
         PackedSequences(tuple(lengths.tolist()), device, *shared),
-        torch.where(within == 0, last_prompt, own).to(device),
+        states.to(device),
+        state.to(device),
         responses.values.to(device),
         responses.offsets,
     )
@@ -117,6 +123,6 @@ def dummy(device: torch.device) -> MicroBatch:
     """One token without a loss, for a worker that has to take part in a sharded pass and has no row left."""
     none = torch.empty(0, dtype=torch.int64)
     token = torch.zeros(1, dtype=torch.int64, device=device)
-    return MicroBatch(
-        none, token, PackedSequences((1,), device), none.to(device), none.to(device), torch.zeros(1, dtype=torch.int64)
-    )
+    empty = none.to(device)
+    offsets = torch.zeros(1, dtype=torch.int64)
+    return MicroBatch(none, token, PackedSequences((1,), device), empty, empty, empty, offsets)

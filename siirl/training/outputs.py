@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from siirl.device.collectives import Collectives
@@ -22,9 +21,19 @@ class _Pass(nn.Module):
     context: tuple[Collectives, str] = (Collectives.single(), "ulysses")
     vocabulary: Collectives = Collectives.single()
     """Workers that hold a part of the vocabulary each."""
+    tokens_cut: bool = False
+    """Whether layers hold a part of the tokens each: then the last one cannot leave out any."""
 
     def part(self, micro: MicroBatch) -> Part:
         return part_of(micro, *self.context)
+
+    def states(self, decoder: nn.Module, part: Part) -> Tensor:
+        """What the decoder gives for the token that predicts each response token, [R, ...]."""
+        keep_S = None if self.tokens_cut else part.states_S
+        states = decoder(part.tokens_T, part.positions_T, part.attention, keep_S)
+        if self.tokens_cut:
+            states = states.index_select(0, part.states_S)
+        return states.index_select(0, part.state_R)
 
 
 class LogProbModel(_Pass):
@@ -40,11 +49,8 @@ class LogProbModel(_Pass):
         With ``greedy`` they are of the likeliest tokens instead, whose ids come third, int64 [R].
         """
         part = self.part(micro)
-        hidden = self.decoder(part.tokens_T, part.positions_T, part.attention)
-        hidden, weight = hidden[part.predict_R], local(cast(Tensor, self.decoder.head_weight))
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        hidden = self.states(self.decoder, part)
+        weight = local(cast(Tensor, self.decoder.head_weight)).to(hidden.dtype)
         if not greedy:
             return tuple(map(part.gather, self._log_prob(hidden, weight, part.targets_R, temperature)))
         tokens_R = self._likeliest(hidden, weight)
@@ -71,5 +77,4 @@ class CriticModel(_Pass):
     def forward(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, ...]:
         """Values at the positions that predict a response token, float32 [R]."""
         part = self.part(micro)
-        values = self.decoder(part.tokens_T, part.positions_T, part.attention)
-        return (part.gather(values.float()[part.predict_R]),)
+        return (part.gather(self.states(self.decoder, part).float()),)

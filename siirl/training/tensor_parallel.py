@@ -171,7 +171,7 @@ class _Hooks:
 
     def _row_linear(self, linear: Linear) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
-            out = self._leave(kernels.linear(x, local(linear.weight), None))
+            out = self._leave(kernels.linear(x, local(linear.weight).to(x.dtype), None))
             return out if linear.bias is None else out + local(linear.bias).to(out.dtype)
 
         return forward

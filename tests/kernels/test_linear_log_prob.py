@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
 import siirl_kernels.linear_log_prob as fused
-from siirl_kernels import kernels
+from siirl_kernels import bind, kernels, providers
+from tests.device_under_test import device
+
+assert device()  # whose back end brings implementations of its own
 
 TOKENS, HIDDEN, VOCABULARY = 11, 6, 23
 
@@ -15,6 +20,13 @@ TOKENS, HIDDEN, VOCABULARY = 11, 6, 23
 @pytest.fixture(params=[1, 4 * VOCABULARY, 16 * 2**20], ids=["token by token", "uneven chunks", "one chunk"])
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_CHUNK_ELEMENTS", request.param)
+
+
+@pytest.fixture(params=[name for name in providers("linear_log_prob") if name != "ascend"], autouse=True)
+def _bound(request: pytest.FixtureRequest) -> Iterator[None]:
+    bind([], {"linear_log_prob": request.param})
+    yield
+    bind([])
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:

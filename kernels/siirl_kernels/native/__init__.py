@@ -1,6 +1,7 @@
-"""C++ for a host, provider ``native``: what a token's step consists of, where few rows make PyTorch's calls dear.
+"""C++ for a host, provider ``native``: generation, where few rows make PyTorch's calls dear, and training, where
+memory is read and written once instead of once for each step of a formula.
 
-Only generation uses it: its ops have no gradients. Importing registers; nothing is compiled until a table is bound.
+Importing registers; nothing is compiled until a table is bound. The ops of training are in :mod:`.training`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from siirl_kernels.native import functions
+from siirl_kernels.native import functions, training
 from siirl_kernels.native.build import unavailable
 from siirl_kernels.paging import PagedSequences
 from siirl_kernels.registry import implementation, provider
@@ -79,33 +80,6 @@ def _judges(logits_BV: Tensor, tokens_B: Tensor, temperature: float) -> bool:
 @implementation("token_log_prob", "native", supports=_judges)
 def token_log_prob(logits_BV: Tensor, tokens_B: Tensor, temperature: float) -> Tensor:
     return functions.token_log_prob(logits_BV, tokens_B, temperature)
-
-
-def _normalises(x: Tensor, weight: Tensor, eps: float) -> bool:
-    return torch.is_inference_mode_enabled() and _takes(x, weight)
-
-
-@implementation("rms_norm", "native", supports=_normalises)
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return functions.rms_norm(x, weight, eps)
-
-
-def _rotates(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> bool:
-    return torch.is_inference_mode_enabled() and _takes(x_TND, cos_TD, sin_TD)
-
-
-@implementation("rope", "native", supports=_rotates)
-def rope(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    return functions.rope(x_TND, cos_TD, sin_TD)
-
-
-def _activates(gate: Tensor, up: Tensor) -> bool:
-    return torch.is_inference_mode_enabled() and _takes(gate, up)
-
-
-@implementation("swiglu", "native", supports=_activates)
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return functions.swiglu(gate, up)
 
 
 def takes_layer(

@@ -8,6 +8,9 @@
 namespace siirl {
 namespace {
 
+inline void narrow(float* p, float x) { *p = x; }
+inline void narrow(bf16* p, float x) { store_part(p, splat(x), 1); }
+
 constexpr int64_t BLOCK = 256;  // summed in float32; blocks add up in float64
 
 template <class E>
@@ -17,6 +20,9 @@ struct Row {
     float temperature;
     float top = -INF;
     double total = 0.0, weighted = 0.0;  // sum of e^(z - top), and of that times z - top
+
+    Row(const E* logits, int64_t words, float temperature, float top)
+        : logits(logits), words(words), temperature(temperature), top(top) {}
 
     Row(const E* logits, int64_t words, float temperature)
         : logits(logits), words(words), temperature(temperature) {
@@ -95,10 +101,10 @@ void categorical(const E* logits, const float* uniform, int64_t rows, int64_t wo
     }
 }
 
-// Entropies only where they are asked for.
+// Entropies, and `sums` [rows, 2] of the largest and of log(sum of e^(z - largest)), only where they are asked for.
 template <class E>
 void log_prob(const E* logits, const int64_t* targets, int64_t rows, int64_t words, float temperature,
-              float* log_probs, float* entropies) {
+              float* log_probs, float* entropies, float* sums) {
 #pragma omp parallel for schedule(static) if (rows * words > 16384)
     for (int64_t r = 0; r < rows; r++) {
         Row<E> row(logits + r * words, words, temperature);
@@ -108,6 +114,37 @@ void log_prob(const E* logits, const int64_t* targets, int64_t rows, int64_t wor
             row.template add_up<false>(nullptr);
         log_probs[r] = row.log_prob(targets[r]);
         if (entropies) entropies[r] = row.entropy();
+        if (sums) sums[2 * r] = row.top, sums[2 * r + 1] = float(std::log(row.total));
+    }
+}
+
+// With z = logits / temperature, p = softmax(z): (onehot - p) grad - p (log p + entropy) grad_entropy, over temperature.
+template <class E>
+void log_prob_gradient(const E* logits, const int64_t* targets, int64_t rows, int64_t words, float temperature,
+                       const float* sums, const float* entropies, const float* grad, const float* grad_entropy,
+                       E* grad_logits) {
+    float inverse = 1.0f / temperature;
+#pragma omp parallel for schedule(static) if (rows * words > 16384)
+    for (int64_t r = 0; r < rows; r++) {
+        Row<E> row{logits + r * words, words, temperature, sums[2 * r]};
+        E* out = grad_logits + r * words;
+        float g = grad[r] * inverse, total = sums[2 * r + 1];
+        float log_p = widen(row.logits[targets[r]]) / temperature - row.top - total;  // before it is written over
+        if (grad_entropy) {
+            float h = grad_entropy[r] * inverse, entropy = entropies[r];
+            for (int64_t i = 0; i < words; i += LANES) {
+                vec all = row.scaled(i) - row.top - total, p = exp(all);
+                // a word without any probability may have a log-prob of -infinity
+                vec both = p > 0.0f ? -p * (g + h * (all + entropy)) : vec{};
+                store_upto(out + i, both, words - i);
+            }
+        } else {
+            for (int64_t i = 0; i < words; i += LANES)
+                store_upto(out + i, exp(row.scaled(i) - row.top - total) * -g, words - i);
+        }
+        float p = exp(splat(log_p))[0];
+        float at = g - p * g - (grad_entropy && p > 0.0f ? grad_entropy[r] * inverse * p * (log_p + entropies[r]) : 0.0f);
+        narrow(out + targets[r], at);
     }
 }
 
@@ -127,10 +164,21 @@ void siirl_categorical(int half, const void* logits, const float* uniform, int64
 }
 
 void siirl_log_prob(int half, const void* logits, const int64_t* targets, int64_t rows, int64_t words,
-                    float temperature, float* log_probs, float* entropies) {
+                    float temperature, float* log_probs, float* entropies, float* sums) {
     if (half)
-        log_prob((const bf16*)logits, targets, rows, words, temperature, log_probs, entropies);
+        log_prob((const bf16*)logits, targets, rows, words, temperature, log_probs, entropies, sums);
     else
-        log_prob((const float*)logits, targets, rows, words, temperature, log_probs, entropies);
+        log_prob((const float*)logits, targets, rows, words, temperature, log_probs, entropies, sums);
+}
+
+void siirl_log_prob_gradient(int half, const void* logits, const int64_t* targets, int64_t rows, int64_t words,
+                             float temperature, const float* sums, const float* entropies, const float* grad,
+                             const float* grad_entropy, void* grad_logits) {
+    if (half)
+        log_prob_gradient((const bf16*)logits, targets, rows, words, temperature, sums, entropies, grad, grad_entropy,
+                          (bf16*)grad_logits);
+    else
+        log_prob_gradient((const float*)logits, targets, rows, words, temperature, sums, entropies, grad, grad_entropy,
+                          (float*)grad_logits);
 }
 }

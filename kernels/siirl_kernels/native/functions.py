@@ -28,10 +28,16 @@ _SIGNATURES = {
     "siirl_rms_norm": [_HALF] + [_POINTER] * 3 + [_SIZE] * 2 + [_FLOAT],
     "siirl_rope": [_HALF] + [_POINTER] * 4 + [_SIZE] * 3,
     "siirl_swiglu": [_HALF] + [_POINTER] * 3 + [_SIZE],
+    "siirl_rms_norm_gradient": [_HALF] + [_POINTER] * 5 + [_SIZE] * 2 + [_FLOAT],
+    "siirl_rope_gradient": [_HALF] + [_POINTER] * 4 + [_SIZE] * 3,
+    "siirl_swiglu_gradient": [_HALF] + [_POINTER] * 5 + [_SIZE],
     "siirl_categorical": [_HALF, _POINTER, _POINTER, _SIZE, _SIZE, _FLOAT, _POINTER, _POINTER],
-    "siirl_log_prob": [_HALF] + [_POINTER] * 2 + [_SIZE] * 2 + [_FLOAT] + [_POINTER] * 2,
+    "siirl_log_prob": [_HALF] + [_POINTER] * 2 + [_SIZE] * 2 + [_FLOAT] + [_POINTER] * 3,
+    "siirl_log_prob_gradient": [_HALF] + [_POINTER] * 2 + [_SIZE] * 2 + [_FLOAT] + [_POINTER] * 5,
     "siirl_paged_attention": [_HALF] + [_POINTER] * 9 + [_SIZE] * 6 + [_POINTER],
     "siirl_packed_attention": [_POINTER] * 6 + [_SIZE] * 4 + [_POINTER],
+    "siirl_training_attention": [_HALF] + [_POINTER] * 6 + [_SIZE] * 4 + [_POINTER] * 2,
+    "siirl_training_attention_gradient": [_HALF] + [_POINTER] * 6 + [_SIZE] * 4 + [_POINTER] * 6,
 }
 
 
@@ -182,6 +188,28 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
+def rms_norm_gradient(x: Tensor, weight: Tensor, eps: float, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the input and of the weight."""
+    grad_x, grad_weight, size = torch.empty_like(x), torch.empty_like(weight), x.shape[-1]
+    pointers = (x.data_ptr(), weight.data_ptr(), grad.data_ptr(), grad_x.data_ptr(), grad_weight.data_ptr())
+    _function("siirl_rms_norm_gradient")(_half(x), *pointers, x.numel() // size, size, eps)
+    return grad_x, grad_weight
+
+
+def rope_gradient(grad_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    out = torch.empty_like(grad_TND)
+    pointers = (grad_TND.data_ptr(), cos_TD.data_ptr(), sin_TD.data_ptr(), out.data_ptr())
+    _function("siirl_rope_gradient")(_half(grad_TND), *pointers, *grad_TND.shape)
+    return out
+
+
+def swiglu_gradient(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    pointers = (gate.data_ptr(), up.data_ptr(), grad.data_ptr(), grad_gate.data_ptr(), grad_up.data_ptr())
+    _function("siirl_swiglu_gradient")(_half(gate), *pointers, gate.numel())
+    return grad_gate, grad_up
+
+
 def categorical(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     rows, words = logits_BV.shape
     tokens = torch.empty(rows, dtype=torch.int64)
@@ -200,9 +228,17 @@ def categorical(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tup
 
 
 def log_prob_of(
-    logits_TV: Tensor, target_T: Tensor, temperature: float, log_prob_T: Tensor, entropy_T: Tensor | None
+    logits_TV: Tensor,
+    target_T: Tensor,
+    temperature: float,
+    log_prob_T: Tensor,
+    entropy_T: Tensor | None,
+    sums_T2: Tensor | None = None,
 ) -> None:
-    """Fills in each target's log-prob, of the same bits as :func:`categorical`'s, and each row's entropy."""
+    """Fills in each target's log-prob, of the same bits as :func:`categorical`'s, and each row's entropy.
+
+    ``sums_T2`` takes what :func:`log_prob_gradient` needs of each row.
+    """
     rows, words = logits_TV.shape
     _function("siirl_log_prob")(
         _half(logits_TV),
@@ -213,6 +249,30 @@ def log_prob_of(
         temperature,
         log_prob_T.data_ptr(),
         _at(entropy_T),
+        _at(sums_T2),
+    )
+
+
+def log_prob_gradient(
+    logits_TV: Tensor,
+    target_T: Tensor,
+    temperature: float,
+    sums_T2: Tensor,
+    entropy_T: Tensor,
+    grad_T: Tensor,
+    grad_entropy_T: Tensor | None,
+    out_TV: Tensor,
+) -> None:
+    """Fills in the gradient of the logits; ``out_TV`` may be the logits themselves."""
+    rows, words = logits_TV.shape
+    _function("siirl_log_prob_gradient")(
+        _half(logits_TV),
+        logits_TV.data_ptr(),
+        target_T.data_ptr(),
+        rows,
+        words,
+        temperature,
+        *map(_at, (sums_T2, entropy_T, grad_T, grad_entropy_T, out_TV)),
     )
 
 
@@ -252,3 +312,40 @@ def packed_attention(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, sequences: Pac
         *(x.data_ptr() for x in tensors), len(own), q_TND.shape[1], *k_TKD.shape[1:], out.data_ptr()
     )
     return out
+
+
+def _family(sequences: PackedSequences) -> tuple[Tensor, Tensor, Tensor]:
+    """First own token of each sequence and the end, int64 [B + 1], its parent and what it shares, int64 [B]."""
+    batch = len(sequences.lengths)
+    starts = torch.tensor((0, *sequences.lengths), dtype=torch.int64).cumsum(0)
+    parents = torch.tensor(sequences.parents or range(batch), dtype=torch.int64)
+    return starts, parents, torch.tensor(sequences.prefixes or (0,) * batch, dtype=torch.int64)
+
+
+def training_attention(
+    q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, sequences: PackedSequences
+) -> tuple[Tensor, Tensor]:
+    """The op's result, and the log-sum-exp of each token's and head's scores, float32 [T, N]."""
+    out, sums, family = torch.empty_like(q_TND), torch.empty(q_TND.shape[:2]), _family(sequences)
+    pointers = (x.data_ptr() for x in (q_TND, k_TKD, v_TKD, *family))
+    sizes = (len(sequences.lengths), q_TND.shape[1], *k_TKD.shape[1:])
+    _function("siirl_training_attention")(_half(q_TND), *pointers, *sizes, out.data_ptr(), sums.data_ptr())
+    return out, sums
+
+
+def training_attention_gradient(
+    q_TND: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    sequences: PackedSequences,
+    out_TND: Tensor,
+    sums_TN: Tensor,
+    grad_TND: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the queries, the keys and the values."""
+    found, family = [torch.empty_like(x) for x in (q_TND, k_TKD, v_TKD)], _family(sequences)
+    pointers = (x.data_ptr() for x in (q_TND, k_TKD, v_TKD, *family))
+    sizes = (len(sequences.lengths), q_TND.shape[1], *k_TKD.shape[1:])
+    results = (x.data_ptr() for x in (out_TND, sums_TN, grad_TND, *found))
+    _function("siirl_training_attention_gradient")(_half(q_TND), *pointers, *sizes, *results)
+    return found[0], found[1], found[2]
