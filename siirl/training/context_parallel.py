@@ -29,9 +29,7 @@ class Part:
     Attributes:
         tokens_T, positions_T: its tokens, and their positions in their sequences.
         attention: of its tokens to all.
-        keep_S: tokens that the last layer ends in; None: all.
-        predict_R: which of these predicts each response token.
-        targets_R: see :class:`MicroBatch`; of its tokens.
+        states_S, state_R, targets_R: see :class:`MicroBatch`; of its tokens, numbered anew.
         own: which of the micro-batch's tokens these are.
         gather: from a number for each of its response tokens, [R, ...], to those of all, in the micro-batch's order.
             The gradient is taken to be the same on all workers.
@@ -40,30 +38,34 @@ class Part:
     tokens_T: Tensor
     positions_T: Tensor
     attention: Attention
-    keep_S: Tensor | None
-    predict_R: Tensor
+    states_S: Tensor
+    state_R: Tensor
     targets_R: Tensor
     own: slice
     gather: Callable[[Tensor], Tensor]
 
 
-def part_of(micro: MicroBatch, group: Collectives, mode: str, keeps_all: bool = False) -> Part:
-    """The part of the worker of ``group`` that asks; ``mode`` is ``ulysses`` or ``ring``.
-
-    Where tokens are not cut the last layer leaves out those that predict nothing, unless ``keeps_all``.
-    """
+def part_of(micro: MicroBatch, group: Collectives, mode: str) -> Part:
+    """The part of the worker of ``group`` that asks; ``mode`` is ``ulysses`` or ``ring``."""
     sequences, tokens = micro.sequences, micro.tokens_T
     if group.size == 1:
         attention = PackedAttention(sequences)
-        keep_S, predict_R = (None, micro.states_S[micro.state_R]) if keeps_all else (micro.states_S, micro.state_R)
-        targets_R = micro.targets_R
-        return Part(tokens, sequences.positions, attention, keep_S, predict_R, targets_R, slice(None), lambda x: x)
-    predict_R = micro.states_S[micro.state_R]
+        return Part(
+            tokens,
+            sequences.positions,
+            attention,
+            micro.states_S,
+            micro.state_R,
+            micro.targets_R,
+            slice(None),
+            lambda x: x,
+        )
     counts = shares(len(tokens), group.size)
     start = sum(counts[: group.rank])
     own = slice(start, start + counts[group.rank])
     bounds = torch.tensor(counts, device=tokens.device).cumsum(0)
-    holder_R = torch.searchsorted(bounds, predict_R, right=True)
+    holder_S = torch.searchsorted(bounds, micro.states_S, right=True)  # ascending, as the states are
+    holder_R = holder_S[micro.state_R]
     mine_R = (holder_R == group.rank).nonzero().squeeze(1)
     held = torch.bincount(holder_R, minlength=group.size).tolist()
     place_R = holder_R.argsort(stable=True).argsort()
@@ -76,8 +78,8 @@ def part_of(micro: MicroBatch, group: Collectives, mode: str, keeps_all: bool = 
         tokens[own],
         sequences.positions[own],
         kind(sequences, counts, group),
-        None,
-        predict_R[mine_R] - start,
+        micro.states_S[holder_S == group.rank] - start,
+        micro.state_R[mine_R] - (holder_S < group.rank).sum(),
         micro.targets_R[mine_R],
         own,
         gathered,

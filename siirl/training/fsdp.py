@@ -60,18 +60,19 @@ class TrainingEngine:
         model.to(self._device)
         self.module: nn.Module = CriticModel(model) if isinstance(model, ValueModel) else LogProbModel(model)
         self.sharded = training.sharding == "shard" and self._mesh.replicas.size > 1
-        self._parallel = self._spread(training)
         decoder = model.decoder if isinstance(model, ValueModel) else model
         self._autocast = self._dtype != torch.float32 and not self.sharded and not isinstance(decoder, Decoder)
-        if not self.sharded and isinstance(decoder, Decoder):
+        if isinstance(decoder, Decoder) and not self.sharded:
             decoder.compute_dtype = self._dtype
+        self._parallel = self._spread(training)
 
     def _spread(self, training: TrainingConfig) -> TensorParallel:
         """Cut and shard the model over the workers of the mesh."""
         mesh, parallel = self._mesh, training.parallel
+        assert (mesh.tensor.size, mesh.context.size) == (parallel.tensor, parallel.context), "a mesh of other degrees"
         if isinstance(self.module, LogProbModel | CriticModel):
             self.module.context = (mesh.context, parallel.context_mode)
-            self.module.keeps_all = mesh.tensor.size > 1
+            self.module.tokens_cut = mesh.tensor.size > 1 and parallel.sequence
         _check_degrees(self.model, parallel)
         replicas, tensor = mesh.devices(self._device.type) if self.sharded or mesh.tensor.size > 1 else (None, None)
         cut = parallelize(self.module, mesh.tensor, tensor, parallel.sequence)

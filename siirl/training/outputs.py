@@ -22,12 +22,22 @@ class _Pass(nn.Module):
     context: tuple[Collectives, str] = (Collectives.single(), "ulysses")
     vocabulary: Collectives = Collectives.single()
     """Workers that hold a part of the vocabulary each."""
-
-    keeps_all = False
-    """The last layer computes every token: its workers hold parts of the same ones."""
+    tokens_cut: bool = False
+    """Whether layers hold a part of the tokens each: then the last one cannot leave out any."""
 
     def part(self, micro: MicroBatch) -> Part:
-        return part_of(micro, *self.context, keeps_all=self.keeps_all)
+        return part_of(micro, *self.context)
+
+    def states(self, decoder: nn.Module, part: Part, routing: Routing | None = None) -> Tensor:
+        """What the decoder gives for the token that predicts each response token, [R, ...]."""
+        keep_S = None if self.tokens_cut else part.states_S
+        if routing is not None:
+            routing.take(part.own)
+        experts = {} if routing is None else {"routing": routing}
+        states = decoder(part.tokens_T, part.positions_T, part.attention, keep_S, **experts)
+        if self.tokens_cut:
+            states = states.index_select(0, part.states_S)
+        return states.index_select(0, part.state_R)
 
 
 class LogProbModel(_Pass):
@@ -46,11 +56,7 @@ class LogProbModel(_Pass):
         decoder with experts.
         """
         part = self.part(micro)
-        if routing is not None:
-            routing.take(part.own)
-        experts = {} if routing is None else {"routing": routing}
-        states = self.decoder(part.tokens_T, part.positions_T, part.attention, part.keep_S, **experts)
-        hidden = states.index_select(0, part.predict_R)
+        hidden = self.states(self.decoder, part, routing)
         weight = local(cast(Tensor, self.decoder.head_weight)).to(hidden.dtype)
         if not greedy:
             return tuple(map(part.gather, self._log_prob(hidden, weight, part.targets_R, temperature)))
@@ -78,5 +84,4 @@ class CriticModel(_Pass):
     def forward(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, ...]:
         """Values at the positions that predict a response token, float32 [R]."""
         part = self.part(micro)
-        values = self.decoder(part.tokens_T, part.positions_T, part.attention, part.keep_S)
-        return (part.gather(values.float()[part.predict_R]),)
+        return (part.gather(self.states(self.decoder, part).float()),)

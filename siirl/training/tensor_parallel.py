@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from siirl.device.collectives import Collectives
 from siirl.errors import RequestError
 from siirl.model.critic import ValueModel
-from siirl.model.decoder import MLP, Block, Decoder, Linear, local
+from siirl.model.decoder import MLP, Block, Decoder, Linear, RMSNorm, local
 from siirl.training.exchange import copy, gather, reduce, scatter, shares
 from siirl.training.sharding import own_grad, sum_flat
 from siirl_kernels import kernels
@@ -65,7 +65,7 @@ def parallelize(module: nn.Module, group: Collectives, devices: DeviceMesh | Non
     assert devices is not None
     decoder = next((m for m in module.modules() if isinstance(m, Decoder)), None)
     critic = any(isinstance(m, ValueModel) for m in module.modules())
-    if decoder is None or not all(type(block.mlp) is MLP for block in decoder.blocks):
+    if decoder is None or not all(map(_plain, decoder.blocks)):
         raise RequestError(
             f"training.parallel.tensor is {group.size}, but this model's layers cannot be cut; "
             "set training.parallel.tensor=1"
@@ -79,6 +79,12 @@ def parallelize(module: nn.Module, group: Collectives, devices: DeviceMesh | Non
         hooks.cut(block)
     hooks.ends(decoder, vocabulary, vocabulary_head=vocabulary and not critic)
     return TensorParallel(group, partial, vocabulary)
+
+
+def _plain(block: Block) -> bool:
+    """Whether a layer has no matrices but those that are known here."""
+    parts = [block.mlp, *block.mlp.children(), *block.self_attn.children()]
+    return all(type(part) in (MLP, Linear, RMSNorm, nn.Identity) for part in parts)
 
 
 def _dimensions(module: nn.Module, decoder: Decoder, vocabulary: bool) -> dict[int, int | None]:
@@ -170,7 +176,7 @@ class _Hooks:
 
     def _row_linear(self, linear: Linear) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
-            out = self._leave(kernels.linear(x, local(linear.weight), None))
+            out = self._leave(kernels.linear(x, local(linear.weight).to(x.dtype), None))
             return out if linear.bias is None else out + local(linear.bias).to(out.dtype)
 
         return forward

@@ -137,6 +137,9 @@ def train(world: Collectives, case: Case) -> dict[str, Any]:
         found["log_probs"] = engine.log_probs(rows, 2).values
         found["rows"] = rows.dense("sample_id")
         found["greedy"] = engine.greedy([[1, 2, 3], [4]], 3)
+    assert engine.optimizer is not None
+    held = {id(p) for group in engine.optimizer.param_groups for p in group["params"]}
+    found["optimised"] = held == {id(p) for p in engine.model.parameters()}  # a checkpoint finds the moments by them
     return found
 
 
@@ -200,6 +203,7 @@ def test_a_mesh_trains_as_one_worker_does(name: str, world: World, alone: dict) 
     answers = world.run(train, case, deadline_s=120.0)
     start = dict(named_start(case))
     for found in answers:
+        assert found["optimised"]
         assert found["metrics"] == pytest.approx(expected["metrics"], rel=2e-4, abs=1e-5)
         for parameter, weight in expected["last"].items():
             torch.testing.assert_close(found["last"][parameter], weight, atol=1e-5, rtol=1e-4, msg=parameter)
