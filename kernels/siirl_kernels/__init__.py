@@ -5,6 +5,7 @@ reference until :func:`bind` chooses, once at start-up, an implementation per op
 """
 
 from siirl_kernels import algorithms as _algorithms
+from siirl_kernels import experts as _experts
 from siirl_kernels import reference as _reference
 from siirl_kernels import updates as _updates
 from siirl_kernels.registry import (

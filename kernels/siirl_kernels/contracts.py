@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from siirl_kernels import algorithm_cases, cases, inference_cases, update_cases
+from siirl_kernels import algorithm_cases, cases, expert_cases, inference_cases, update_cases
 from siirl_kernels.accuracy import EXACT, Tolerance, tolerances
 from siirl_kernels.cases import Generate, Level, Source
 from siirl_kernels.packing import PackedSequences
@@ -273,6 +273,27 @@ CONTRACTS: dict[str, Contract] = {
             rows=("logits_BV", "tokens_B"),
             returns=(torch.float32,),
             generate=inference_cases.token_log_prob,
+        ),
+        Contract(
+            op="permute_tokens",
+            differentiable=("x_TH",),
+            tolerances=tolerances(single=(4, 1), half=(3, 0.5)),
+            backward_scale=2,
+            generate=expert_cases.permute_tokens,
+        ),
+        Contract(
+            op="unpermute_tokens",
+            differentiable=("x_RH", "weights_TK"),
+            tolerances=tolerances(single=(16, 4), half=(3, 0.5)),
+            backward_scale=6,
+            generate=expert_cases.unpermute_tokens,
+        ),
+        Contract(
+            op="grouped_linear",
+            differentiable=("x_RH", "weight_EOH"),
+            tolerances=tolerances(single=(32, 8), half=(3, 0.5)),
+            backward_scale=6,
+            generate=expert_cases.grouped_linear,
         ),
         Contract(
             op="group_advantages",

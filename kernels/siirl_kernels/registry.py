@@ -40,6 +40,9 @@ class Kernels:
     gradient_norm: Callable[..., Any]
     adamw_step: Callable[..., Any]
     cast_pack: Callable[..., Any]
+    permute_tokens: Callable[..., Any]
+    unpermute_tokens: Callable[..., Any]
+    grouped_linear: Callable[..., Any]
 
 
 kernels = Kernels()

@@ -212,6 +212,22 @@ def cast_pack(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat([x.reshape(-1).to(dtype) for x in tensors])
 
 
+def permute_tokens(x_TH: Tensor, places_TK: Tensor) -> Tensor:
+    """Every token K times, sorted by place."""
+    return x_TH.repeat_interleave(places_TK.shape[1], 0)[places_TK.flatten().argsort()]
+
+
+def unpermute_tokens(x_RH: Tensor, places_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """All copies at once, weighed and added up."""
+    return (x_RH[places_TK] * weights_TK[..., None].to(x_RH.dtype)).sum(1)
+
+
+def grouped_linear(x_RH: Tensor, offsets: Tensor, weight_EOH: Tensor) -> Tensor:
+    """A product for every expert, rows or not."""
+    parts = x_RH.split(offsets.diff().tolist())
+    return torch.cat([part @ weight.t() for part, weight in zip(parts, weight_EOH, strict=True)])
+
+
 _FORMULAS = (
     rms_norm,
     rope,
@@ -230,5 +246,8 @@ _FORMULAS = (
     gradient_norm,
     adamw_step,
     cast_pack,
+    permute_tokens,
+    unpermute_tokens,
+    grouped_linear,
 )
 PLAIN: dict[str, Callable[..., Any]] = {f.__name__: f for f in _FORMULAS}

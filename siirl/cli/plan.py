@@ -133,9 +133,11 @@ def _print_found(stage: Stage, found: _Found) -> None:
 
 def _print_plan(stage: Stage) -> None:
     from siirl.dag import Graph, batch_table, check_batch, describe_all, left_out, plan_roles
+    from siirl.planning.models import check_degrees
 
     graph, count = Graph.from_yaml(stage.config.pipeline), stage.config.workers
     check_batch(stage.config, count, graph)
+    check_degrees(stage.config)
     sizes = batch_table(stage.config, count, graph)
     print_table(f"{stage.name}: {sizes.title}", sizes.columns, sizes.rows)
     for plan, ranks in plan_roles(graph, stage.config, count):
@@ -150,9 +152,11 @@ def _print_plan(stage: Stage) -> None:
 def _print_json(stage: Stage, found: _Found | None, hosts: list[int] | None, number: int) -> None:
     """Write one stage of the list; the plans one by one, for there may be thousands."""
     from siirl.dag import Graph, all_plans_json, batch_table, check_batch, left_out, plan_roles
+    from siirl.planning.models import check_degrees
 
     graph, count = Graph.from_yaml(stage.config.pipeline), stage.config.workers
     check_batch(stage.config, count, graph)
+    check_degrees(stage.config)
     described: dict[str, Any] = {"name": stage.name, "batch": list(batch_table(stage.config, count, graph).rows)}
     described["left_out"] = {row[0]: row[-1] for row in left_out(graph, stage.config).rows}
     if found is not None and found.estimate is not None:

@@ -120,6 +120,10 @@ class RolloutParallelConfig(Section):
 
     tensor: Positive = 1
 
+    def degrees(self) -> dict[str, int]:
+        """The degrees beside data parallel, by name."""
+        return {"tensor": self.tensor}
+
 
 class RolloutConfig(Section):
     """Generation of responses."""
@@ -151,6 +155,9 @@ class RolloutConfig(Section):
     batch_invariant: bool = Field(
         False, description="bits of a token do not depend on the batch: rollout's log-probs are training's, bit for bit"
     )
+    router_replay: bool = Field(
+        False, description="mixture of experts: training sends each token to the experts that rollout sent it to"
+    )
     partial: Fraction = Field(
         0.0, description="more prompts in flight, as a share of a step's; the longest responses go on in the next step"
     )
@@ -168,10 +175,18 @@ class ParallelConfig(Section):
     """Degrees of parallelism of training; data: null means all workers that are left."""
 
     data: Positive | None = Field(None, description="null: all workers that are left")
-    tensor: Positive = 1
-    context: Positive = 1
+    tensor: Positive = Field(1, description="workers that compute the same tokens with a part of every layer each")
+    sequence: bool = Field(True, description="with tensor: norms and residuals of a part of the tokens each")
+    context: Positive = Field(1, description="workers that compute a part of the tokens of the same samples each")
+    context_mode: Literal["ulysses", "ring"] = Field(
+        "ulysses", description="attention between them: ulysses deals out the heads; ring passes keys and values round"
+    )
     pipeline: Positive = 1
-    expert: Positive = 1
+    expert: Positive = Field(1, description="data-parallel workers that hold a part of each layer's experts each")
+
+    def degrees(self) -> dict[str, int]:
+        """The degrees beside data parallel, by name."""
+        return {name: getattr(self, name) for name in ("tensor", "context", "pipeline", "expert")}
 
 
 class TrainingConfig(Section):
@@ -191,6 +206,9 @@ class TrainingConfig(Section):
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = Field(0.0, description="of matrices; norms and biases have none")
     max_grad_norm: PositiveFloat | None = Field(1.0, description="gradients are clipped to this norm; null: not")
+    router_aux_coef: NonNegativeFloat | None = Field(
+        0.0, description="mixture of experts: coefficient of the load-balance loss; null: the checkpoint's"
+    )
     micro_batch_tokens: Positive | Literal["auto"] = Field(
         16_384, description="distinct tokens of a forward pass, a prompt's once; auto: as many as fit in the memory"
     )

@@ -25,7 +25,7 @@ Role = Literal["all", "rollout", "training"]
 TransportName = Literal["collectives", "shared_memory"]
 
 ENGINE_DEGREES: dict[str, tuple[str, ...]] = {
-    "fsdp": (),
+    "fsdp": ("tensor", "context", "expert"),
     "megatron": ("tensor", "context", "pipeline", "expert"),
     "native": (),
     "vllm": ("tensor",),
@@ -282,7 +282,7 @@ def training_layout(config: Config, workers: int) -> Layout:
         RequestError: the degrees do not make up ``workers``.
     """
     parallel = config.training.parallel
-    inner = parallel.tensor * parallel.context * parallel.pipeline
+    inner = _inner(config)
     data = workers // inner if parallel.data is None else parallel.data
     if data * inner != workers:
         degrees = f"tensor {parallel.tensor} x context {parallel.context} x pipeline {parallel.pipeline}"
@@ -293,7 +293,37 @@ def training_layout(config: Config, workers: int) -> Layout:
             f"training.parallel: data {data} x {degrees} is {data * inner} workers, but the run has {workers}; "
             f"set {fix}"
         )
+    _check_expert(config, data)
     return Layout("tokens", workers, data, parallel.tensor, parallel.context, parallel.pipeline, parallel.expert)
+
+
+def _check_expert(config: Config, data: int) -> None:
+    """Refuse an expert group that the workers of data parallel do not make up, or that the engine cannot combine."""
+    parallel, key = config.training.parallel, "training.parallel.expert"
+    if parallel.expert == 1 or config.training.engine != "fsdp":
+        return
+    for name in ("tensor", "context"):
+        if getattr(parallel, name) > 1:
+            raise RequestError(
+                f"{key} is {parallel.expert}, but training.engine 'fsdp' does not combine it with {name} parallel; "
+                f"set {key}=1 or training.parallel.{name}=1"
+            )
+    if config.training.sharding == "shard":
+        raise RequestError(
+            f"{key} is {parallel.expert}, but the experts of a group are not sharded further; set {key}=1 or "
+            "training.sharding=replicate"
+        )
+    if data % parallel.expert:
+        raise RequestError(
+            f"{key} is {parallel.expert}, which does not divide the {data} workers of data parallel; set {key}="
+            f"{math.gcd(data, parallel.expert)}"
+        )
+
+
+def _inner(config: Config) -> int:
+    """Workers that train on the same rows."""
+    parallel = config.training.parallel
+    return parallel.tensor * parallel.context * parallel.pipeline
 
 
 def rollout_layout(config: Config, workers: int, first: int = 0) -> Layout:
@@ -362,11 +392,12 @@ def _check_degrees(config: Config) -> None:
         ("rollout", config.rollout.engine, "generates", config.rollout.parallel),
     )
     for section, engine, does, parallel in engines:
-        for name, degree in parallel:
-            if name != "data" and name not in ENGINE_DEGREES[engine] and degree > 1:
+        for name, degree in parallel.degrees().items():
+            if name not in ENGINE_DEGREES[engine] and degree > 1:
                 key = f"{section}.parallel.{name}"
+                known = ", ".join(("data", *ENGINE_DEGREES[engine]))
                 raise RequestError(
-                    f"{key} is {degree}, but {section}.engine '{engine}' {does} with data parallel only; set {key}=1"
+                    f"{key} is {degree}, but {section}.engine '{engine}' {does} with {known} parallel only; set {key}=1"
                 )
 
 
@@ -378,7 +409,8 @@ def batch_table(config: Config, workers: int, graph: Graph | None = None) -> Tab
     mini = prompts * group // algorithm.mini_batches
     updates = algorithm.mini_batches * algorithm.epochs
     budget = config.training.micro_batch_tokens
-    micro = 0 if budget == "auto" else math.ceil(math.ceil(mini / workers) / max(1, budget // longest))
+    shares = max(1, workers // _inner(config))
+    micro = 0 if budget == "auto" else math.ceil(math.ceil(mini / shares) / max(1, budget // longest))
     rows = (
         ("prompts a step", f"{prompts:,}", _share(prompts, workers), "data.prompts_per_step"),
         ("samples a step", f"{prompts * group:,}", _share(prompts * group, workers), f"x {group} a prompt"),
@@ -388,10 +420,10 @@ def batch_table(config: Config, workers: int, graph: Graph | None = None) -> Tab
             f"{updates:,}",
             f"{algorithm.mini_batches} algorithm.mini_batches x {algorithm.epochs} algorithm.epochs",
         ),
-        ("samples a mini-batch", f"{mini:,}", _share(mini, workers), "whole groups, shared out by tokens"),
+        ("samples a mini-batch", f"{mini:,}", _share(mini, shares), "whole groups, shared out by tokens"),
         (
             "micro-batches a mini-batch",
-            f"up to {micro * workers:,}" if micro else "as memory allows",
+            f"up to {micro * shares:,}" if micro else "as memory allows",
             f"up to {micro:,}" if micro else "as memory allows",
             f"{budget if micro == 0 else f'{budget:,}'} training.micro_batch_tokens, samples of up to {longest:,}",
         ),

@@ -27,6 +27,7 @@ from siirl.dag.graph import Graph
 from siirl.dag.old_log_probs import check_old_log_probs
 from siirl.dag.ops import ROW_IDS, find_op
 from siirl.dag.plan import Layout, Placement, Role, Step, Table, WorkerPlan, rollout_layout, training_layout
+from siirl.dag.router_replay import replay_routers
 from siirl.errors import RequestError
 
 Hosts = Sequence[int] | None
@@ -80,6 +81,7 @@ def plan_steps(
     check_nodes(graph)
     live, dropped = select(graph, config)
     check_old_log_probs(live.values(), config)
+    live = replay_routers(live, config)
     edges = _connect(live, dropped)
     _close_round(live, edges)
     order = _sort(live, edges)

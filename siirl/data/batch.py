@@ -18,6 +18,7 @@ Standard columns, by the op that writes them (custom ops may add any other):
     failed        bool            the reward raised or hung: the sample leaves group statistics and the loss
     rollout_log_probs, old_log_probs, ref_log_probs, values, returns, advantages, token_rewards
                   ragged float32  aligned with response_ids
+    router_choices ragged int16   [layers, experts of a token] of each token of prompt and response but the last
 """
 
 from __future__ import annotations

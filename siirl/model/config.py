@@ -1,4 +1,4 @@
-"""What a decoder looks like: the switches that tell the Llama, Qwen2 and Qwen3 families apart."""
+"""What a decoder looks like: the switches that tell the Llama, Qwen2, Qwen3 and Qwen3-MoE families apart."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ class DecoderConfig:
     """Shape and switches of a :class:`siirl.model.decoder.Decoder`.
 
     ``rope_scaling`` is None, or the mapping of a Hugging Face config for rope types ``linear`` and ``llama3``.
+    The fields from ``num_experts`` on are those of a mixture of experts, by their names there.
     """
 
-    family: str  # llama | qwen2 | qwen3
+    family: str  # llama | qwen2 | qwen3 | qwen3_moe
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -34,3 +35,18 @@ class DecoderConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+    router_aux_loss_coef: float = 0.0
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Layers with a mixture of experts in place of an MLP, as `transformers` tells them apart."""
+        if not self.num_experts:
+            return ()
+        step = self.decoder_sparse_step
+        return tuple(i for i in range(self.num_layers) if i not in self.mlp_only_layers and (i + 1) % step == 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from siirl.model.decoder import Attention, Decoder
+from siirl.model.decoder import Attention, Decoder, local
 from siirl.model.fallback import TransformersDecoder
 
 
@@ -28,4 +28,4 @@ class ValueModel(nn.Module):
         """Values, float32 [T] or [S]; arguments as of :meth:`siirl.model.decoder.Decoder.forward`."""
         hidden_TH = self.decoder(tokens_T, positions_T, attention, keep_S)
         # A product and a sum rather than a matrix product, which autocast would round to bfloat16.
-        return (hidden_TH.float() * self.value_head.weight.float()).sum(-1, dtype=torch.float32)
+        return (hidden_TH.float() * local(self.value_head.weight).float()).sum(-1, dtype=torch.float32)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from siirl.model.config import DecoderConfig
+from siirl.model.experts import Routing, SparseMLP, local
 from siirl.model.recompute import cheap
 from siirl_kernels import kernels
 from siirl_kernels.packing import PackedSequences
@@ -43,8 +44,8 @@ class Linear(nn.Linear):
         pass
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x_TH.dtype)
-        return kernels.linear(x_TH, self.weight.to(x_TH.dtype), bias)
+        bias = None if self.bias is None else local(self.bias).to(x_TH.dtype)
+        return kernels.linear(x_TH, local(self.weight).to(x_TH.dtype), bias)
 
 
 class Embedding(nn.Embedding):
@@ -52,6 +53,9 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        return nn.functional.embedding(tokens_T, local(self.weight))
 
 
 class RMSNorm(nn.Module):
@@ -61,7 +65,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return cheap(kernels.rms_norm, x, self.weight.to(x.dtype), self.eps)
+        return cheap(kernels.rms_norm, x, local(self.weight).to(x.dtype), self.eps)
 
 
 class SelfAttention(nn.Module):
@@ -80,15 +84,15 @@ class SelfAttention(nn.Module):
         self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, attention: Attention, keep_S: Tensor | None = None
     ) -> Tensor:
         q_TND, k_TKD, v_TKD = self.project(x_TH, cos_TD, sin_TD)
-        out_TO = attention(self.layer, q_TND, k_TKD, v_TKD).reshape(x_TH.shape[0], -1)
+        out_TO = attention(self.layer, q_TND, k_TKD, v_TKD).flatten(1)
         return self.o_proj(out_TO if keep_S is None else out_TO.index_select(0, keep_S))
 
     def project(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [T, N, D] and keys, and values, [T, K, D] each."""
-        heads = (x_TH.shape[0], -1, self.head_dim)
-        q_TND = kernels.rope(self.q_norm(self.q_proj(x_TH).view(heads)), cos_TD, sin_TD)
-        k_TKD = kernels.rope(self.k_norm(self.k_proj(x_TH).view(heads)), cos_TD, sin_TD)
-        return q_TND, k_TKD, self.v_proj(x_TH).view(heads)
+        heads = (-1, self.head_dim)
+        q_TND = kernels.rope(self.q_norm(self.q_proj(x_TH).unflatten(1, heads)), cos_TD, sin_TD)
+        k_TKD = kernels.rope(self.k_norm(self.k_proj(x_TH).unflatten(1, heads)), cos_TD, sin_TD)
+        return q_TND, k_TKD, self.v_proj(x_TH).unflatten(1, heads)
 
 
 class MLP(nn.Module):
@@ -106,17 +110,27 @@ class Block(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = SelfAttention(config, layer)
-        self.mlp = MLP(config)
+        sparse = config.sparse_layers
+        self.mlp: MLP | SparseMLP = SparseMLP(config, sparse.index(layer)) if layer in sparse else MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, attention: Attention, keep_S: Tensor | None = None
+        self,
+        x_TH: Tensor,
+        cos_TD: Tensor,
+        sin_TD: Tensor,
+        attention: Attention,
+        keep_S: Tensor | None = None,
+        routing: Routing | None = None,
     ) -> Tensor:
         """The residual stream behind the layer; of the tokens ``keep_S`` alone where they are given."""
         mixed_TH = self.self_attn(self.input_layernorm(x_TH), cos_TD, sin_TD, attention, keep_S)
         x_TH = (x_TH if keep_S is None else x_TH.index_select(0, keep_S)) + mixed_TH
-        return x_TH + self.mlp(self.post_attention_layernorm(x_TH))
+        normed_TH = self.post_attention_layernorm(x_TH)
+        if isinstance(self.mlp, SparseMLP):
+            return x_TH + self.mlp(normed_TH, routing)
+        return x_TH + self.mlp(normed_TH)
 
 
 class Backbone(nn.Module):
@@ -128,7 +142,7 @@ class Backbone(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model of the Llama, Qwen2 or Qwen3 family; see :class:`DecoderConfig`.
+    """A causal language model of the Llama, Qwen2, Qwen3 or Qwen3-MoE family; see :class:`DecoderConfig`.
 
     ``compute_dtype`` is what a pass computes in: every weight is cast to it where it is used. None: the weights' own.
     """
@@ -144,25 +158,35 @@ class Decoder(nn.Module):
         self._frequencies: Tensor | None = None
 
     def forward(
-        self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, keep_S: Tensor | None = None
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        attention: Attention,
+        keep_S: Tensor | None = None,
+        routing: Routing | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, [T, H], or [S, H] of the tokens ``keep_S``.
 
-        Behind the last layer's attention a token does not need another, so there the others are left out.
+        Behind the last layer's attention a token does not need another, so there the others are left out; not where
+        there are experts, whose load is that of all tokens.
 
         Args:
             tokens_T: token ids, int64 [T].
             positions_T: position of each token in its sequence, int64 [T].
             attention: attends for every layer, e.g. ``PackedAttention(sequences)``.
             keep_S: int64 [S], packed tokens; None: all.
+            routing: takes note of where a mixture of experts sends each token, or tells it.
         """
         x_TH = self.model.embed_tokens(tokens_T)
         x_TH = x_TH.to(self.compute_dtype or x_TH.dtype)
         cos_TD, sin_TD = self.rotary(positions_T, x_TH.dtype)
         *blocks, last = self.blocks
         for block in blocks:
-            x_TH = block(x_TH, cos_TD, sin_TD, attention)
-        return self.model.norm(last(x_TH, cos_TD, sin_TD, attention, keep_S))
+            x_TH = block(x_TH, cos_TD, sin_TD, attention, routing=routing)
+        if not self.config.sparse_layers:
+            return self.model.norm(last(x_TH, cos_TD, sin_TD, attention, keep_S))
+        x_TH = last(x_TH, cos_TD, sin_TD, attention, routing=routing)
+        return self.model.norm(x_TH if keep_S is None else x_TH.index_select(0, keep_S))
 
     @property
     def blocks(self) -> list[Block]:

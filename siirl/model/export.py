@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from siirl.config.schema import LoRAConfig
 from siirl.model.decoder import Decoder
+from siirl.model.expert_names import split_experts
 from siirl.model.fallback import TransformersDecoder
 from siirl.model.families import transformers_config
 
@@ -44,6 +45,8 @@ def save_pretrained(
     directory.mkdir(parents=True, exist_ok=True)
     whole = model.state_dict() if state_dict is None else state_dict
     tensors = {name: _own(tensor.detach().to("cpu", dtype)) for name, tensor in whole.items()}
+    if isinstance(model, Decoder):
+        tensors = {name: _own(tensor) for name, tensor in split_experts(tensors.items())}
     if isinstance(model, TransformersDecoder):
         inner = {name.removeprefix("inner."): tensor for name, tensor in tensors.items()}
         model.inner.save_pretrained(directory, state_dict=inner, max_shard_size=max_shard_size)

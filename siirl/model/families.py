@@ -1,4 +1,4 @@
-"""The Llama, Qwen2 and Qwen3 families, between a `transformers` config and a :class:`DecoderConfig`."""
+"""The Llama, Qwen2, Qwen3 and Qwen3-MoE families, between a `transformers` config and a :class:`DecoderConfig`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,23 @@ from siirl.model.config import DecoderConfig
 from siirl.model.paths import TinyModel
 
 # Model types of `transformers` and the family whose arithmetic they share.
-_FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3_moe"}
 _ROPE_TYPES = ("default", "linear", "llama3")
-_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+# What a config says of a mixture of experts, by the same names in :class:`DecoderConfig`.
+_EXPERT_KEYS = (
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "decoder_sparse_step",
+    "router_aux_loss_coef",
+)
 
 
 def unsupported(hf: PreTrainedConfig) -> str | None:
@@ -52,13 +66,20 @@ def decoder_config(hf: PreTrainedConfig, eos_token_ids: tuple[int, ...] = ()) ->
         qkv_bias=attention_bias or family == "qwen2",
         out_bias=attention_bias,
         mlp_bias=bool(getattr(hf, "mlp_bias", False)),
-        qk_norm=family == "qwen3",
+        qk_norm=family.startswith("qwen3"),
         tie_embeddings=bool(hf.tie_word_embeddings),
         initializer_range=hf.initializer_range,
         bos_token_id=hf.bos_token_id,
         eos_token_ids=merge_ids(eos_token_ids, hf.eos_token_id),
         pad_token_id=hf.pad_token_id,
+        **_experts(hf),
     )
+
+
+def _experts(hf: PreTrainedConfig) -> dict[str, Any]:
+    if hf.model_type != "qwen3_moe":
+        return {}
+    return {key: getattr(hf, key) for key in _EXPERT_KEYS} | {"mlp_only_layers": tuple(hf.mlp_only_layers)}
 
 
 def transformers_config(config: DecoderConfig) -> PreTrainedConfig:
@@ -71,6 +92,9 @@ def transformers_config(config: DecoderConfig) -> PreTrainedConfig:
         switches["mlp_bias"] = config.mlp_bias
     if config.family != "qwen2" or config.head_dim != config.hidden_size // config.num_heads:
         switches["head_dim"] = config.head_dim
+    if config.family == "qwen3_moe":
+        switches |= {key: getattr(config, key) for key in _EXPERT_KEYS}
+        switches["mlp_only_layers"] = list(config.mlp_only_layers)
     return AutoConfig.for_model(
         config.family,
         architectures=[_CLASSES[config.family]],
@@ -108,9 +132,19 @@ def tiny_config(tiny: TinyModel, initializer_range: float) -> DecoderConfig:
         bos_token_id=2,
         eos_token_id=1,
         pad_token_id=0,
-        **({"head_dim": tiny.head_dim} if tiny.architecture == "qwen3" else {}),
+        **({"head_dim": tiny.head_dim} if tiny.architecture.startswith("qwen3") else {}),
+        **(_tiny_experts(tiny) if tiny.num_experts else {}),
     )
     return decoder_config(hf)
+
+
+def _tiny_experts(tiny: TinyModel) -> dict[str, Any]:
+    return {
+        "num_experts": tiny.num_experts,
+        "num_experts_per_tok": tiny.experts_per_token,
+        "moe_intermediate_size": tiny.expert_size,
+        "norm_topk_prob": True,
+    }
 
 
 def merge_ids(*groups: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:

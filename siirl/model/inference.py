@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from siirl.model.decoder import Block, Decoder, Linear, RMSNorm
+from siirl.model.decoder import MLP, Block, Decoder, Linear, RMSNorm
+from siirl.model.experts import Routing
 from siirl_kernels import kernels
 from siirl_kernels.paging import PagedSequences
 from siirl_kernels.weights import LayerWeights, LinearWeights
@@ -17,26 +18,39 @@ Caches = Sequence[tuple[Tensor, Tensor]]
 class InferenceDecoder:
     """A decoder whose weights must not change while this object lives: kernels may keep them in forms of their own.
 
+    A layer with a mixture of experts is computed by the decoder's own module, with a paged cache.
+
     Shapes: T new tokens, H hidden, V vocabulary.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._layers = [_layer_weights(block) for block in decoder.blocks]
+        self._layers = [_layer_weights(block) for block in decoder.blocks]  # None: with experts
         self._head = LinearWeights(decoder.head_weight, one_result=True)
 
-    def __call__(self, tokens_T: Tensor, positions_T: Tensor, caches: Caches, sequences: PagedSequences) -> Tensor:
+    def __call__(
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        caches: Caches,
+        sequences: PagedSequences,
+        routing: Routing | None = None,
+    ) -> Tensor:
         """Hidden states of the new tokens after the final norm, [T, H]; their keys and values are put into ``caches``.
 
         Args:
             tokens_T: token ids, int64 [T].
             positions_T: position of each token in its sequence, int64 [T].
             caches: keys and values of each layer, [blocks, slots, key heads, head size].
+            routing: takes note of the experts that tokens go to.
         """
         x_TH = self._decoder.model.embed_tokens(tokens_T)
         cos_TD, sin_TD = self._decoder.rotary(positions_T, x_TH.dtype)
-        for weights, (keys, values) in zip(self._layers, caches, strict=True):
-            x_TH = kernels.inference_layer(x_TH, cos_TD, sin_TD, weights, keys, values, sequences)
+        for block, weights, (keys, values) in zip(self._decoder.blocks, self._layers, caches, strict=True):
+            if weights is None:
+                x_TH = block(x_TH, cos_TD, sin_TD, _Paged(keys, values, sequences), routing=routing)
+            else:
+                x_TH = kernels.inference_layer(x_TH, cos_TD, sin_TD, weights, keys, values, sequences)
         return self._decoder.model.norm(x_TH)
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
@@ -44,8 +58,20 @@ class InferenceDecoder:
         return kernels.inference_linear(hidden_TH, self._head)
 
 
-def _layer_weights(block: Block) -> LayerWeights:
+class _Paged:
+    """Attention of one layer over its part of the cache."""
+
+    def __init__(self, keys: Tensor, values: Tensor, sequences: PagedSequences) -> None:
+        self._keys, self._values, self._sequences = keys, values, sequences
+
+    def __call__(self, layer: int, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+        return kernels.paged_attention(q_TND, k_TKD, v_TKD, self._keys, self._values, self._sequences)
+
+
+def _layer_weights(block: Block) -> LayerWeights | None:
     attention, mlp = block.self_attn, block.mlp
+    if not isinstance(mlp, MLP):
+        return None
     return LayerWeights(
         input_norm=block.input_layernorm.weight,
         q=_linear_weights(attention.q_proj),

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from siirl.errors import RequestError
 from siirl.model.config import DecoderConfig
 from siirl.model.decoder import Decoder
+from siirl.model.expert_names import stack_experts
 from siirl.model.fallback import AnyDecoder, load_fallback
 from siirl.model.families import decoder_config, merge_ids, tiny_config, unsupported
 from siirl.model.gguf import GGUFModel
@@ -113,7 +114,7 @@ def _directory(directory: Path, path: str, where: str, dtype: torch.dtype, trust
         model = load_fallback(directory, where, reason, eos, dtype=dtype, trust_remote_code=trust_remote_code)
         return Loaded(model, tokenizer, None, path)
     config, tensors = _untie(decoder_config(hf, eos), _read_tensors(files, where, dtype))
-    return Loaded(assemble(config, tensors, where), tokenizer, config, path)
+    return Loaded(assemble(config, stack_experts(config, tensors, where), where), tokenizer, config, path)
 
 
 def _read_tensors(files: list[Path], where: str, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from siirl.config.schema import LoRAConfig
 from siirl.errors import RequestError
 from siirl.model.config import DecoderConfig
 from siirl.model.decoder import Decoder, Linear
+from siirl.model.experts import local
 from siirl.model.fallback import AnyDecoder
 from siirl_kernels import kernels
 
@@ -44,8 +45,8 @@ class LoRALinear(Linear):
         y_TO = super().forward(x_TH)
         if not self.active:
             return y_TO
-        low_TR = kernels.linear(x_TH, self.lora_A.to(x_TH.dtype), None)
-        return y_TO + self.scale * kernels.linear(low_TR, self.lora_B.to(x_TH.dtype), None)
+        low_TR = kernels.linear(x_TH, local(self.lora_A).to(x_TH.dtype), None)
+        return y_TO + self.scale * kernels.linear(low_TR, local(self.lora_B).to(x_TH.dtype), None)
 
 
 def scale_of(config: LoRAConfig) -> float:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from siirl.errors import RequestError, did_you_mean
 
-ARCHITECTURES = ("qwen2", "qwen3", "llama")
+ARCHITECTURES = ("qwen2", "qwen3", "llama")  # those of GGUF files too
+TINY_ARCHITECTURES = (*ARCHITECTURES, "qwen3_moe")
 
 CHARACTERS = ("<pad>", "<eos>", "<bos>", *(chr(i) for i in range(32, 127)), "\n")
 """The vocabulary of `tiny:` models' tokenizer; the index is the id."""
@@ -38,7 +39,20 @@ class TinyModel:
 
     @property
     def head_dim(self) -> int:
-        return 32 if self.architecture == "qwen3" else self.hidden_size // self.num_heads
+        return 32 if self.architecture.startswith("qwen3") else self.hidden_size // self.num_heads
+
+    @property
+    def num_experts(self) -> int:
+        return 8 if self.architecture == "qwen3_moe" else 0
+
+    @property
+    def experts_per_token(self) -> int:
+        return 2 if self.num_experts else 0
+
+    @property
+    def expert_size(self) -> int:
+        """Intermediate size of an expert: a token's experts together have a dense model's, three times the hidden."""
+        return 3 * self.hidden_size // self.experts_per_token if self.num_experts else 0
 
 
 @dataclass(frozen=True)
@@ -138,14 +152,15 @@ def _tiny(text: str, where: str) -> TinyModel:
     if len(parts) != 4:
         raise RequestError(f"{where} has {len(parts)} parts of four; write tiny:ARCH:HIDDEN:LAYERS:VOCAB")
     architecture, *numbers = parts
-    if architecture not in ARCHITECTURES:
-        hint = did_you_mean(architecture, ARCHITECTURES)
-        raise RequestError(f"{where}: no architecture '{architecture}', there are {', '.join(ARCHITECTURES)}{hint}")
+    if architecture not in TINY_ARCHITECTURES:
+        hint = did_you_mean(architecture, TINY_ARCHITECTURES)
+        known = ", ".join(TINY_ARCHITECTURES)
+        raise RequestError(f"{where}: no architecture '{architecture}', there are {known}{hint}")
     for name, number in zip(("HIDDEN", "LAYERS", "VOCAB"), numbers, strict=True):
         if not (number.isascii() and number.isdigit() and int(number) > 0):
             raise RequestError(f"{where}: {name} is '{number}', which is no positive whole number")
     tiny = TinyModel(architecture, *map(int, numbers))
-    even = tiny.head_dim % 2 == 0 and (architecture == "qwen3" or tiny.hidden_size % tiny.num_heads == 0)
+    even = tiny.head_dim % 2 == 0 and (architecture.startswith("qwen3") or tiny.hidden_size % tiny.num_heads == 0)
     if tiny.num_heads % tiny.num_kv_heads or not even:
         near = max(64, round(tiny.hidden_size / 64) * 64)
         raise RequestError(f"{where}: HIDDEN {tiny.hidden_size} does not divide into heads; use {near}")

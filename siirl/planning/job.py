@@ -11,7 +11,7 @@ from siirl.dag import Graph, Layout, Step, check_batch, plan_steps, rollout_layo
 from siirl.errors import RequestError
 from siirl.planning.budget import Held, auto_tokens
 from siirl.planning.cluster import Cluster
-from siirl.planning.models import find_shape
+from siirl.planning.models import check_degrees, find_shape
 from siirl.planning.shape import ModelShape
 from siirl.planning.workload import Lengths, Rows
 
@@ -61,6 +61,7 @@ class Job:
         paths = {"actor": model.path, "reference": model.reference or model.path, "critic": model.critic or model.path}
         keys = {"actor": "model.path", "reference": "model.reference", "critic": "model.critic"}
         shapes = {name: find_shape(paths[name], keys[name]) for name in dict.fromkeys(("actor", *models))}
+        check_degrees(config)
         expected = lengths or Lengths.of(config)
         return cls(config, grown, expected, workers, steps, models, shapes, graph)
 
@@ -105,7 +106,18 @@ class Job:
     @property
     def sharded(self) -> bool:
         """Whether FSDP2 shards the models."""
-        return self.config.training.sharding == "shard" and self.workers > 1 and not self.megatron
+        return self.config.training.sharding == "shard" and self.replicas > 1 and not self.megatron
+
+    @property
+    def replicas(self) -> int:
+        """Workers with the same part of the weights before they are sharded."""
+        return self.training.data * self.training.context
+
+    def held(self, model: str) -> float:
+        """Parameters of a worker's part of a model before they are sharded: tensor parallelism cuts them, expert
+        parallelism deals out the experts."""
+        experts = self.shapes[model].num_layers * self.shapes[model].expert_parameters
+        return (self.parameters(model) - experts + experts / self.training.expert) / self.training.tensor
 
     @property
     def on_host(self) -> bool:
@@ -116,7 +128,8 @@ class Job:
     def shared_weights(self) -> bool:
         """Whether the rollout engine computes with training's own tensors."""
         native = self.config.rollout.engine == "native" and not self.megatron and not self.adapted
-        return native and not self.sharded and self.config.training.dtype == "float32"
+        whole = not self.sharded and self.training.tensor * self.training.expert == 1
+        return native and whole and self.config.training.dtype == "float32"
 
     @cached_property
     def budget(self) -> int:
@@ -129,7 +142,7 @@ class Job:
         # on a host whose workers share the memory, a core's part of it: their number changes nothing
         memory = self.cluster.memory(self.cluster.devices if device.unified else self.workers)
         longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-        shards = self.workers if self.sharded else 1
+        shards = self.replicas if self.sharded else 1
         return auto_tokens(self.actor, models, config.training, memory, shards, longest, unified=device.unified)
 
     @property
@@ -161,6 +174,10 @@ class Job:
         """Parameters that are optimised: all, or those of the adapters and of a critic's head."""
         head = self.shapes[model].hidden_size * (model == "critic")
         return self.adapters(model) + head if self.adapted else self.parameters(model)
+
+    def held_trainable(self, model: str) -> float:
+        """Those of a worker's part of a model before it is sharded; adapters are whole."""
+        return float(self.trainable(model)) if self.adapted else self.held(model)
 
     def prompts(self, shares: int) -> int:
         """Prompts of the fullest of so many shares."""

@@ -19,7 +19,7 @@ TERMS = ("weights", "optimiser", "gradients", "rollout", "kv cache", "activation
 
 # Bytes of a parameter's states; of 8 bits with a float32 scale for 256.
 STATES = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256, "sgd": 0.0}
-# Elements of a bucket of gradients: `siirl/training/fsdp.py`.
+# Elements of a bucket of gradients: `siirl/training/sharding.py`.
 BUCKET = 64 * 2**20
 
 
@@ -42,7 +42,7 @@ def _of_step(job: Job, step: Step) -> Terms:
         return _forward(job, step.model)
     if step.op == "update" and step.model:
         return _update(job, step.model)
-    if step.op == "sync_weights" and job.sharded:
+    if step.op == "sync_weights" and (job.sharded or job.training.tensor > 1):
         shape = job.actor
         return {"buffers": 4.0 * max(shape.embedding_parameters, shape.hidden_size * shape.intermediate_size)}
     return {}
@@ -56,7 +56,8 @@ def split_parameters(job: Job, model: str) -> tuple[float, float]:
     """
     shape, layout = job.shapes[model], job.training
     if not job.megatron:
-        return float(job.parameters(model)), 0.0
+        spread = shape.num_layers * shape.expert_parameters
+        return job.held(model) - spread / layout.expert, spread / layout.expert
     layers = -(-shape.num_layers // layout.pipeline)
     head = shape.hidden_size if model == "critic" else shape.embedding_parameters
     ends = shape.embedding_parameters + (shape.head_parameters if model != "critic" else shape.hidden_size)
@@ -83,9 +84,9 @@ def _resident(job: Job) -> Terms:
             continue
         if job.on_host:
             continue
-        parts = job.workers if job.sharded else 1
-        terms["weights"] += 4 * (job.parameters(model) + job.adapters(model)) / parts
-        terms["optimiser"] += states * job.trainable(model) / parts * trained
+        parts = job.replicas if job.sharded else 1
+        terms["weights"] += 4 * (job.held(model) + job.adapters(model)) / parts
+        terms["optimiser"] += states * job.held_trainable(model) / parts * trained
     if job.generates and not job.shared_weights:
         terms["rollout"] = job.itemsize * job.actor.parameters / job.rollout.tensor
     if job.cluster.device.unified:
@@ -164,7 +165,7 @@ def _gathered(job: Job, model: str) -> float:
     """What FSDP2 holds whole: embedding, last norm and head through a pass, and two layers at a time."""
     shape = job.shapes[model]
     root = shape.embedding_parameters + shape.head_parameters * (model != "critic") + shape.hidden_size
-    return (root + 2 * shape.layer_parameters) * job.itemsize if job.sharded else 0.0
+    return (root + 2 * shape.layer_parameters) / job.training.tensor * job.itemsize if job.sharded else 0.0
 
 
 def _copies(job: Job) -> bool:
@@ -172,13 +173,13 @@ def _copies(job: Job) -> bool:
     return job.itemsize < 4 and not job.sharded and not job.megatron
 
 
-def _matrices(job: Job, model: str) -> int:
-    """Elements of all matrices that are multiplied."""
+def _matrices(job: Job, model: str) -> float:
+    """Elements of all matrices that a worker multiplies with."""
     shape = job.shapes[model]
-    experts = shape.num_layers * shape.expert_parameters
+    experts = shape.num_layers * shape.expert_parameters / job.training.expert
     used = 3 * shape.num_layers * shape.experts_per_token * shape.hidden_size * shape.expert_size
     head = shape.embedding_parameters if model != "critic" else 0
-    return shape.active_matrices - used + experts + head
+    return (shape.active_matrices - used + experts + head) / job.training.tensor
 
 
 def _forward(job: Job, model: str) -> Terms:
@@ -205,17 +206,17 @@ def saved_bytes(job: Job, model: str) -> float:
 
 def _update(job: Job, model: str) -> Terms:
     shape, config = job.shapes[model], job.config
-    parameters = float(job.trainable(model))
+    parameters = job.held_trainable(model)
     weights = _gathered(job, model) + (job.itemsize * _matrices(job, model) if _copies(job) else 0.0)
     if job.megatron:
         gradients = 4 * sum(split_parameters(job, model))
     elif job.sharded:
         # gradients wait whole, in float32, until the last micro-batch's backward pass reduces and scatters them
-        layer = job.adapters(model) / shape.num_layers if job.adapted else shape.layer_parameters
+        layer = job.adapters(model) / shape.num_layers if job.adapted else shape.layer_parameters / job.training.tensor
         whole = parameters if micro_batches(job) > 1 else 2 * layer
-        gradients = 4 * whole + 4 * parameters / job.workers * (not job.on_host)
+        gradients = 4 * whole + 4 * parameters / job.replicas * (not job.on_host)
     else:
-        gradients = 4 * parameters + (4 * min(parameters, BUCKET) if job.workers > 1 else 0)
+        gradients = 4 * parameters + (4 * min(parameters, BUCKET) if job.replicas > 1 else 0)
     terms = {
         "weights": weights,
         "gradients": gradients,
@@ -224,5 +225,5 @@ def _update(job: Job, model: str) -> Terms:
     }
     if config.training.optimizer == "adamw" and not job.cluster.device.unified and not job.on_host:
         # the batched form of AdamW has one intermediate of the parameters' size
-        terms["optimiser"] = 4 * parameters / (job.workers if job.sharded else 1) * (not job.megatron)
+        terms["optimiser"] = 4 * parameters / (job.replicas if job.sharded else 1) * (not job.megatron)
     return terms

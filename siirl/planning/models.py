@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from siirl.config.schema import Config
+from siirl.dag.degrees import check_model
 from siirl.errors import RequestError, did_you_mean
 from siirl.model.paths import TinyModel, check_path, read_json
 from siirl.planning.files import read, shipped
@@ -83,8 +85,11 @@ def _tiny(name: str, tiny: TinyModel) -> ModelShape:
         num_kv_heads=tiny.num_kv_heads,
         head_dim=tiny.head_dim,
         qkv_bias=tiny.architecture == "qwen2",
-        qk_norm=tiny.architecture == "qwen3",
+        qk_norm=tiny.architecture.startswith("qwen3"),
         tie_embeddings=True,
+        num_experts=tiny.num_experts,
+        experts_per_token=tiny.experts_per_token,
+        expert_size=tiny.expert_size,
     )
 
 
@@ -121,6 +126,21 @@ def _gguf(name: str, file: Path) -> ModelShape:
         qk_norm="blk.0.attn_q_norm.weight" in tensors,
         tie_embeddings="output.weight" not in tensors,
     )
+
+
+def check_degrees(config: Config) -> None:
+    """Refuse degrees of training that do not suit the actor, where its shape is known without its weights.
+
+    Raises:
+        RequestError: see :func:`siirl.dag.degrees.check_model`.
+    """
+    if config.training.engine != "fsdp" or max(config.training.parallel.degrees().values()) == 1:
+        return
+    try:
+        shape = find_shape(config.model.path)
+    except RequestError:  # then the workers find out, who load it
+        return
+    check_model(shape, config.training.parallel)
 
 
 @cache

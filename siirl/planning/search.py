@@ -96,8 +96,9 @@ def _layouts(base: Job) -> Iterator[dict[str, Any]]:
     config, shape, workers = base.config, base.actor, base.workers
     powers = [2**i for i in range(workers.bit_length()) if workers % 2**i == 0]
     inside = [degree for degree in powers if degree <= base.cluster.devices_per_node]
+    dense = not shape.num_experts or config.training.engine != "fsdp"  # whose experts are whole
     choices = {
-        "tensor": [degree for degree in inside if shape.num_kv_heads % degree == 0],
+        "tensor": [degree for degree in inside if shape.num_kv_heads % degree == 0 and (dense or degree == 1)],
         "context": powers,
         "pipeline": [degree for degree in powers if shape.num_layers % degree == 0],
         "expert": [
@@ -107,14 +108,21 @@ def _layouts(base: Job) -> Iterator[dict[str, Any]]:
     training = [name for name in choices if name in ENGINE_DEGREES[config.training.engine]]
     rollout = inside if "tensor" in ENGINE_DEGREES[config.rollout.engine] else [1]
     rollout = [degree for degree in rollout if shape.num_heads % degree == 0]
-    shardings = [None] if training else ["replicate", "shard"]
+    fsdp = config.training.engine == "fsdp"
+    shardings = ["replicate", "shard"] if fsdp else [None]
     for sharding, degree, *degrees in product(shardings, rollout, *(choices[name] for name in training)):
         chosen = dict(zip(training, degrees, strict=True))
         inner = prod(value for name, value in chosen.items() if name != "expert")
+        if fsdp and chosen.get("expert", 1) > 1 and (inner > 1 or sharding == "shard"):
+            continue  # not combined
         if workers % inner or workers // inner * chosen.get("context", 1) % chosen.get("expert", 1):
             continue
+        if sharding == "shard" and workers > 1 and workers // inner * chosen.get("context", 1) == 1:
+            continue  # nothing is left to shard
         overrides: dict[str, Any] = {} if sharding is None else {"training.sharding": sharding}
         overrides |= {f"training.parallel.{name}": value for name, value in chosen.items() if value > 1}
+        if sharding is not None and shape.num_kv_heads // chosen["tensor"] % chosen["context"]:
+            overrides["training.parallel.context_mode"] = "ring"
         yield overrides | ({"rollout.parallel.tensor": degree} if degree > 1 else {})
 
 

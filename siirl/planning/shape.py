@@ -121,7 +121,8 @@ class ModelShape(Section):
 
         Both norms keep their input and the normalised input; what follows them keeps its input. Norms over D keep
         their input and the normalised one. Attention keeps its operands and result, (2N+2K)·D; the MLP gate, its SiLU,
-        up and their product, 4I (each of e experts its own 4J, and a copy of its input). Norms and attention keep a
+        up and their product, 4I (each of e experts its own 4J, a copy of its input and its result, and 24 bytes of
+        numbers and weights; the router its probabilities and their sum). Norms and attention keep a
         float32 statistic a row and head.
 
         With *selective* recomputation norms keep their input alone, and the MLP gate and up, 2I; with *full* the layer
@@ -135,8 +136,8 @@ class ModelShape(Section):
         head_norms = (8 if numbers == "float32" else 6) * heads * self.qk_norm
         mlp = 4 * self.intermediate_size * size
         if self.num_experts:
-            each = 4 * self.expert_size + self.hidden_size
-            mlp = self.experts_per_token * each * size + self.num_experts * 4
+            each = 4 * self.expert_size + 2 * self.hidden_size
+            mlp = self.experts_per_token * (each * size + 24) + 4 * (self.num_experts + 1)
         rows = 2 + self.num_heads + (self.num_heads + self.num_kv_heads) * self.qk_norm
         return norms + head_norms + 2 * heads * size + mlp + 4 * rows
 

@@ -129,7 +129,8 @@ def _pass(job: Job, model: str, mini: Training, *, backward: bool) -> Floats:
     seconds = seconds + _inner_communication(job, model, tokens, 1 + backward)
     if job.sharded:
         # layers are gathered while the one before computes: what is longer counts
-        once = reduce_scatter(cluster, Group(job.workers), job.itemsize * job.parameters(model), job.workers)
+        group = Group(job.replicas, layout.tensor)
+        once = reduce_scatter(cluster, group, job.itemsize * job.held(model), job.workers)
         seconds = np.maximum(seconds, micros * once * (1 + backward))
     return seconds * (1 + (layout.pipeline - 1) / micros)
 
@@ -171,26 +172,24 @@ def _update(job: Job, model: str, loads: Loads) -> list[Phase]:
 
 
 def _gradients(job: Job, model: str) -> float:
-    layout, cluster = job.training, job.cluster
+    cluster, group = job.cluster, Group(job.replicas, job.training.tensor)
     if job.megatron:
         # gradients are reduced and scattered in float32, weights gathered in their own type
-        group = Group(layout.data * layout.context, layout.tensor)
         parameters = sum(split_parameters(job, model))
         scatter = reduce_scatter(cluster, group, 4 * parameters, job.workers)
         return scatter + reduce_scatter(cluster, group, job.itemsize * parameters, job.workers)
-    size = 4.0 * job.trainable(model)
     collective = reduce_scatter if job.sharded else all_reduce
-    return collective(cluster, Group(job.workers), size, job.workers) if job.workers > 1 else 0.0
+    return collective(cluster, group, 4.0 * job.held_trainable(model), job.workers) if job.replicas > 1 else 0.0
 
 
 def _optimiser(job: Job, model: str) -> float:
     cluster = job.cluster
     each = OPTIMISER_BYTES[job.config.training.optimizer]
-    parameters = float(job.trainable(model))
+    parameters = job.held_trainable(model)
     if job.megatron:
-        parameters = sum(split_parameters(job, model)) / (job.training.data * job.training.context)
+        parameters = sum(split_parameters(job, model)) / job.replicas
     elif job.sharded:
-        parameters /= job.workers
+        parameters /= job.replicas
     return each * parameters / (cluster.device.memory_bandwidth * cluster.sustained.memory)
 
 
@@ -201,8 +200,9 @@ def _sync(job: Job) -> float:
     cluster, parameters = job.cluster, job.actor.parameters
     copied = (4 + job.itemsize) * parameters / job.rollout.tensor
     seconds = copied / (cluster.device.memory_bandwidth * cluster.sustained.memory)
-    if job.sharded:
-        seconds += reduce_scatter(cluster, Group(job.workers), 4.0 * parameters, job.workers)
+    if job.sharded or (job.training.tensor > 1 and not job.megatron):
+        parts = Group(job.workers) if job.sharded else Group(job.training.tensor)
+        seconds += reduce_scatter(cluster, parts, 4.0 * parameters, job.workers)
     elif job.megatron:
         inner = Group(job.training.tensor * job.training.pipeline * job.training.context)
         seconds += reduce_scatter(cluster, inner, float(job.itemsize) * parameters, job.workers)

@@ -51,6 +51,10 @@ def column_bytes(job: Job, column: str, narrow: bool = True) -> float:
         return tokens * (8 if not narrow else 1 if vocabulary <= 2**8 else 2 if vocabulary <= 2**15 else 4)
     if formal in _PER_TOKEN:
         return 4 * job.lengths.mean_response
+    if formal == "router_choices":
+        tokens = job.lengths.prompt + job.lengths.mean_response - 1
+        size = 1 if narrow and job.actor.num_experts <= 2**8 else 2
+        return size * job.actor.num_layers * job.actor.experts_per_token * tokens
     return 0.0 if column in IDS else _DENSE.get(formal, _OTHER)
 
 

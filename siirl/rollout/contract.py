@@ -28,6 +28,8 @@ class Completions:
         versions: int64, ragged like the responses: of the weights that drew each token.
         top_ids: int64 [tokens, k], the likeliest tokens at each place of all responses, where they were asked for.
         top_log_probs: float32 [tokens, k], theirs.
+        router_choices: int16, ragged, values [tokens, layers with experts, experts of a token]: of prompt and response
+            but its last token, where the engine records them.
     """
 
     response_ids: Ragged
@@ -37,6 +39,7 @@ class Completions:
     versions: Ragged
     top_ids: Tensor | None = None
     top_log_probs: Tensor | None = None
+    router_choices: Ragged | None = None
 
 
 @dataclass(frozen=True)

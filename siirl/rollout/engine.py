@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, SupportsInt
 
 import numpy as np
@@ -16,6 +16,7 @@ from siirl.errors import SiirlError
 from siirl.model.decoder import Decoder
 from siirl.rollout.blocks import BLOCK, BlockPool, Ints
 from siirl.rollout.checksum import confirm
+from siirl.rollout.choices import RouterChoices
 from siirl.rollout.contract import UNFINISHED, Begun, Completions, SleepLevel
 from siirl.rollout.drafts import guess
 from siirl.rollout.graphs import Capture, Graphs
@@ -23,7 +24,7 @@ from siirl.rollout.sampler import Drawn, Sampler
 from siirl.rollout.sampling import Sampling
 from siirl.rollout.scheduler import Scheduler, Work
 from siirl.rollout.sequences import Sequences
-from siirl.rollout.state import State, UncachedState, cache_bytes_per_token, cache_shape
+from siirl.rollout.state import PagedState, State, UncachedState, cache_bytes_per_token, cache_shape
 from siirl_kernels import pages
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class NativeEngine:
         chunk_tokens: tokens of prompts computed beside one token of every response.
         own_weights: nobody else computes with the decoder's weights, so that `sleep` may free them.
         capture: records decode steps (:func:`siirl.rollout.graphs.recorder`); None: every operator is launched.
+        record_routing: completions say which experts each token went to; for a decoder that has some.
     """
 
     def __init__(
@@ -54,11 +56,17 @@ class NativeEngine:
         chunk_tokens: int = 8192,
         own_weights: bool = False,
         capture: Capture | None = None,
+        record_routing: bool = False,
     ) -> None:
         self.decoder, self.version = decoder, 0
         self._eos_ids, self._decode_text = list(eos_ids), decode_text
         self._max_sequences, self._cache_bytes, self._chunk = max_sequences, cache_bytes, chunk_tokens
-        self._own_weights, self._graphs = own_weights, Graphs(capture)
+        # how many rows an expert has is known to the device alone, and a recording would keep it
+        experts = isinstance(decoder, Decoder) and decoder.config.num_experts > 0
+        self._own_weights, self._graphs = own_weights, Graphs(None if experts else capture)
+        self._choices: RouterChoices | None = None
+        if isinstance(decoder, Decoder) and experts and record_routing:
+            self._choices = RouterChoices(decoder.config, self._device)
         self.cache: Tensor | None = None
         self._pool = BlockPool(0)  # the cache's blocks
         self._asleep: dict[str, Tensor] | None = None  # weights on the host, by name; dropped ones are on no device
@@ -86,6 +94,8 @@ class NativeEngine:
     def sleep(self, level: SleepLevel = 1) -> None:
         self._graphs.forget()
         self.cache, self._pool = None, BlockPool(0)
+        if self._choices is not None:
+            self._choices.free()
         if self._asleep is not None:
             return
         self._asleep = {}
@@ -126,7 +136,8 @@ class NativeEngine:
         sequences = Sequences(prompts, sample_ids, sampling, group_size, seed, begun)
         with torch.inference_mode():
             self._run(sequences, sample_ids, sampling, len(prompts) if enough is None else enough)
-        return sequences.completions(self.version)
+        done = sequences.completions(self.version)
+        return done if self._choices is None else replace(done, router_choices=self._choices.column(sequences))
 
     def _run(self, sequences: Sequences, sample_ids: Tensor, sampling: Sampling, enough: int) -> None:
         sampler = Sampler(sampling, self._eos_ids, sequences, self._device)
@@ -147,7 +158,10 @@ class NativeEngine:
                     self._append(sequences, draws, drawn, sampling.stop)
                     if guesses is not None:
                         scheduler.settle(draws.rows)
-                scheduler.leave_ended(others=self._end_aborted(sequences, sample_ids))
+                aborted = self._end_aborted(sequences, sample_ids)
+                if self._choices is not None:
+                    self._choices.collect(sequences, scheduler)
+                scheduler.leave_ended(others=aborted)
         finally:  # the pool outlives a call that failed
             scheduler.stop()
 
@@ -167,6 +181,9 @@ class NativeEngine:
         affordable = self._cache_bytes // (BLOCK * cache_bytes_per_token(self.decoder.config, dtype))
         affordable -= self._graphs.spare_blocks
         cache = self._cache_of(self.decoder, max(blocks, min(rows * blocks, affordable)))
+        if self._choices is not None:
+            self._choices.begin(cache.shape[2])
+            return PagedState(self.decoder, cache, self._choices), rows
         return self._graphs.state(self.decoder, cache, rows, longest), rows
 
     def _cache_of(self, decoder: Decoder, blocks: int) -> Tensor:

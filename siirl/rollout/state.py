@@ -14,8 +14,10 @@ from torch import Tensor
 
 from siirl.model.config import DecoderConfig
 from siirl.model.decoder import Decoder, PackedAttention
+from siirl.model.experts import Routing
 from siirl.model.inference import InferenceDecoder
 from siirl.rollout.blocks import BLOCK, Ints
+from siirl.rollout.choices import RouterChoices
 from siirl.rollout.scheduler import Work
 from siirl.rollout.sequences import Sequences
 from siirl_kernels.packing import PackedSequences
@@ -57,18 +59,23 @@ def cache_shape(config: DecoderConfig, blocks: int) -> tuple[int, ...]:
 class PagedState:
     """Keys and values in a ``cache`` of :func:`cache_shape`; what is not written yet may be anything.
 
-    Weights stay as they are while the state lives: one call to the engine.
+    Weights stay as they are while the state lives: one call to the engine. ``choices`` takes note of routers' choices.
     """
 
-    def __init__(self, decoder: Decoder, cache: Tensor) -> None:
-        self._decoder, self._cache = decoder, cache
+    def __init__(self, decoder: Decoder, cache: Tensor, choices: RouterChoices | None = None) -> None:
+        self._decoder, self._cache, self._choices = decoder, cache, choices
         self._inference = InferenceDecoder(decoder)
         self._caches = [(keys, values) for keys, values in cache]
 
     def forward(self, sequences: Sequences, work: Work, tables: Tables) -> Tensor:
         device = self._cache.device
         tokens_T, positions_T, paged = arrange(sequences, work, tables, device)
-        return self._inference(tokens_T, positions_T, self._caches, paged)
+        if self._choices is None:
+            return self._inference(tokens_T, positions_T, self._caches, paged)
+        routing = Routing()
+        hidden_TH = self._inference(tokens_T, positions_T, self._caches, paged, routing)
+        self._choices.write(paged.slots, routing)
+        return hidden_TH
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
         return self._inference.logits(hidden_TH)
@@ -76,6 +83,8 @@ class PagedState:
     def copy(self, source: Ints, target: Ints) -> None:
         device = self._cache.device
         self._cache[:, :, torch.from_numpy(target).to(device)] = self._cache[:, :, torch.from_numpy(source).to(device)]
+        if self._choices is not None:
+            self._choices.copy(source, target)
 
 
 def arrange(

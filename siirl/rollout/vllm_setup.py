@@ -109,6 +109,11 @@ def _write_config(decoder: AnyDecoder, dtype: torch.dtype, directory: str) -> No
                 f"{shape.hidden_size // shape.num_heads} numbers, and this one's have {shape.head_dim}; "
                 "set rollout.engine=native"
             )
+        if shape.sparse_layers:
+            # 0.32 on a host: right from files, wrong after `reload_weights`, by which all weights come here
+            raise RequestError(
+                "vLLM does not take over new weights of a mixture of experts correctly; set rollout.engine=native"
+            )
         config = transformers_config(shape)
         config.dtype = dtype
     config.save_pretrained(directory)

@@ -63,6 +63,11 @@ class StepMetrics:
             else:
                 self._extreme(name, kind, theirs[0])
 
+    def name(self, other: StepMetrics) -> None:
+        """Name what another has, without its values: they are another worker's to add."""
+        for name, kind in other._kinds.items():
+            self._held(name, kind, [0.0] * _SUMMED[kind] or [-math.inf])
+
     def state_dict(self) -> dict[str, Any]:
         """What was added so far, as JSON."""
         return {name: [kind, *self._numbers[name]] for name, kind in self._kinds.items()}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from siirl.training.sharding import local
+from siirl.training.sharding import own_parts
 from siirl_kernels import kernels
 
 
@@ -53,4 +53,6 @@ class AdamW(torch.optim.AdamW):
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
         )
-        kernels.adamw_step(*map(local, lists), step, group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+        kernels.adamw_step(
+            *map(own_parts, lists), step, group["lr"], *group["betas"], group["eps"], group["weight_decay"]
+        )

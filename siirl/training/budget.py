@@ -138,7 +138,7 @@ def share_memory(engines: Mapping[str, TrainingEngine], config: Config, backend:
     total = memory.total / (backend.capabilities().compute_units if memory.unified else 1)
     held = [_held(engine) for engine in engines.values()]
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    shards = actor.budget.workers if actor.sharded else 1
+    shards = actor.spread.averaged
     tokens = auto_tokens(shape_of(decoder.config), held, training, total, shards, longest, unified=memory.unified)
     for engine in engines.values():
         engine.budget.agree_on(tokens)

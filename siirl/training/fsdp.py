@@ -1,10 +1,10 @@
-"""The built-in training engine: packed micro-batches, data parallel, replicated or sharded by FSDP2."""
+"""The built-in training engine: packed micro-batches, over as many workers as :class:`Spread` lays the model on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +17,23 @@ from siirl.device.backend import Backend
 from siirl.device.collectives import Collectives
 from siirl.errors import SiirlError
 from siirl.model.critic import ValueModel
-from siirl.model.fallback import AnyDecoder, TransformersDecoder
+from siirl.model.decoder import Decoder
+from siirl.model.experts import Routing
+from siirl.model.fallback import AnyDecoder
 from siirl.model.lora import begin_adapters, is_adapter, merged_weights
 from siirl.telemetry.accumulator import StepMetrics
 from siirl.training.activations import bound_activations
+from siirl.training.balance import Balance, require_experts, shares
 from siirl.training.budget import TokenBudget
 from siirl.training.compiled import compile_layers
-from siirl.training.containment import Containment
 from siirl.training.losses import Loss
+from siirl.training.mesh import Mesh
 from siirl.training.microbatch import MicroBatch, dummy, input_lengths, mini_batch_index, pack, split
 from siirl.training.optimizer import lr_factor, make_optimizer, set_rate
 from siirl.training.outputs import CriticModel, LogProbModel
-from siirl.training.sharding import shard, sum_gradients, whole
-from siirl_kernels import kernels
+from siirl.training.replay import COLUMN, check_choices
+from siirl.training.sharding import whole
+from siirl.training.spread import Spread
 
 
 class TrainingEngine:
@@ -37,9 +41,11 @@ class TrainingEngine:
 
     Args:
         model: a decoder, or a :class:`ValueModel`; moved to the device.
-        training: of the run's main stage; says the dtype and whether the model is sharded.
-        backend, collectives: of this worker.
+        training: of the run's main stage; says the dtype and how the model lies over the workers.
+        backend: of this worker.
+        collectives: of the workers that train.
         prefix: of this model's metrics, ``actor`` or ``critic``.
+        mesh: of the same workers; None for data parallel only.
     """
 
     def __init__(
@@ -49,34 +55,32 @@ class TrainingEngine:
         backend: Backend,
         collectives: Collectives,
         prefix: str,
+        mesh: Mesh | None = None,
     ) -> None:
         self.model, self.prefix = model, prefix
-        self._backend, self._collectives = backend, collectives
+        self._backend, self._mesh = backend, mesh or Mesh.plain(collectives)
         self._device = backend.device()
         self._dtype = getattr(torch, training.dtype)
         model.to(self._device)
         self.module: nn.Module = CriticModel(model) if isinstance(model, ValueModel) else LogProbModel(model)
-        self.sharded = training.sharding == "shard" and collectives.size > 1
-        check_memory_keys(training, collectives.size)
+        check_memory_keys(training, self._mesh.replicas.size)
         self._bounded = bound_activations(model, training, backend)
+        self.spread = Spread(model, self.module, training, backend, self._mesh)
         decoder = model.decoder if isinstance(model, ValueModel) else model
-        unknown = isinstance(decoder, TransformersDecoder)
-        self._autocast = self._dtype != torch.float32 and not self.sharded and unknown
-        containment = None
-        if self.sharded:
-            if not unknown:
-                containment = self.module.containment = Containment(model)
-            shard(self.module, self._dtype, backend, collectives, training.cpu_offload)
-        elif not unknown:
+        known, cast_here = isinstance(decoder, Decoder), self._dtype != torch.float32 and not self.spread.sharded
+        self._autocast = cast_here and not known
+        if isinstance(decoder, Decoder) and cast_here:
             decoder.compute_dtype = self._dtype
         if training.compile:
             compile_layers(model)
-        self.budget = TokenBudget(backend, collectives, self.sharded, containment)
+        self.budget = TokenBudget(backend, self._mesh.workers, self.spread.lockstep, self.spread.containment)
 
     def begin(self, config: Config, lr: float | None) -> None:
         """Begin a stage with a new optimiser; ``lr`` is its peak rate, None for a model that is not trained."""
         self._config, self._lr = config, lr
         self.budget.begin(config)
+        if lr is not None and self.prefix == "actor":
+            require_experts(self.model, config)
         begin_adapters(self.model, lr is not None, adapters=config.model.lora.rank > 0)
         self.optimizer = None if lr is None else make_optimizer(self.module, config.training, lr)
 
@@ -97,13 +101,15 @@ class TrainingEngine:
         out = torch.zeros(int(offsets[-1]), dtype=torch.float32)
 
         def infer(_: int, micro: MicroBatch) -> None:
-            values = self._forward(micro)[0].float().cpu()
+            told = None if micro.choices_TLK is None else Routing(micro.choices_TLK)
+            values = self._forward(micro, told)[0].float().cpu()
             for row, start, end in zip(micro.rows.tolist(), micro.offsets, micro.offsets[1:], strict=False):
                 out[offsets[row] : offsets[row + 1]] = values[start:end]
 
         for rows in self._mini_batches(batch, mini_batches):
             while not self.budget.fit(self._micro_batches(batch, rows), infer):
                 pass
+        self.spread.reshard()
         return Ragged(out, offsets)
 
     @torch.no_grad()
@@ -124,6 +130,7 @@ class TrainingEngine:
             tokens.append(found[2].cpu())
             log_probs.append(found[0].float().cpu())
             texts = [[*text, int(token)] for text, token in zip(texts, tokens[-1], strict=True)]
+        self.spread.reshard()
         return torch.stack(tokens, 1), torch.stack(log_probs, 1)
 
     def update(self, batch: Batch, loss: Loss, step: int, metrics: StepMetrics) -> None:
@@ -153,14 +160,16 @@ class TrainingEngine:
         assert self.optimizer is not None
         while True:
             micros, seen = self._micro_batches(batch, rows), StepMetrics()
-            learn = partial(self._learn, batch, valid, (tokens, sequences), loss, seen, len(micros) - 1)
-            if self.budget.fit(micros, learn):
+            balance = self._balance(COLUMN in batch)
+            learn = partial(self._learn, batch, valid, (tokens, sequences), loss, balance, seen, len(micros) - 1)
+            if self._count(balance, micros, valid) and self.budget.fit(micros, learn):
                 break
             self.optimizer.zero_grad(set_to_none=True)
         metrics.add(seen)
-        if not self.sharded:
-            sum_gradients(self.module, self._collectives)
-        norm = self._clip()
+        if balance is not None:
+            metrics.sum(f"{self.prefix}/loss", balance.report(metrics) / self._updates)
+        self.spread.reduce_gradients()
+        norm = self.spread.clip_gradients(self._config.training.max_grad_norm or float("inf"))
         metrics.mean(f"{self.prefix}/grad_norm", norm, 1)
         if not torch.isfinite(torch.tensor(norm)):
             raise SiirlError(
@@ -170,20 +179,25 @@ class TrainingEngine:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    @property
+    def _updates(self) -> int:
+        """Of a step."""
+        return self._config.algorithm.mini_batches * self._config.algorithm.epochs
+
     def _learn(
         self,
         batch: Batch,
         valid: Tensor,
         counts: tuple[int, int],
         loss: Loss,
+        balance: Balance | None,
         metrics: StepMetrics,
         last: int,
         number: int,
         micro: MicroBatch,
     ) -> None:
         """Add a micro-batch's gradients; those of the ``last`` one are reduced over the workers."""
-        if self.sharded:
-            cast(Any, self.module).set_requires_gradient_sync(number == last)
+        self.spread.begin_pass(last=number == last)
         weights = token_weights(
             self._config.algorithm.loss_agg,
             micro.offsets.diff(),
@@ -192,14 +206,44 @@ class TrainingEngine:
             global_sequences=counts[1],
             max_length=self._config.rollout.max_new_tokens,
         )
-        value = loss(self._forward(micro), batch.take(micro.rows), weights.to(self._device), metrics)
-        # FSDP averages gradients over workers; the loss is normalised over all of them already, so they add up
-        (value * self._collectives.size if self.sharded else value).backward()
-        updates = self._config.algorithm.mini_batches * self._config.algorithm.epochs
-        metrics.sum(f"{self.prefix}/loss", value.item() / updates)
+        routing = None if balance is None else Routing(micro.choices_TLK)
+        value = loss(self._forward(micro, routing), batch.take(micro.rows), weights.to(self._device), metrics)
+        metrics.sum(f"{self.prefix}/loss", value.item() / self._updates)
+        if balance is not None and routing is not None:
+            even = balance.loss(routing, shares(micro, valid))
+            value = value if even is None else value + even
+        (value * self.spread.averaged).backward()
 
-    def _forward(self, micro: MicroBatch) -> tuple[Tensor, ...]:
-        return self._compute(micro, self._config.rollout.temperature or 1.0)
+    def _balance(self, replay: bool) -> Balance | None:
+        """The load of a model's experts in a mini-batch; None where it has none."""
+        if not isinstance(self.model, Decoder) or not self.model.config.sparse_layers:
+            return None
+        coef = self._config.training.router_aux_coef
+        coef = self.model.config.router_aux_loss_coef if coef is None else coef
+        return Balance(self.model.config, coef, self._mesh.replicas, replay)
+
+    @torch.no_grad()
+    def _count(self, balance: Balance | None, micros: Sequence[MicroBatch], valid: Tensor) -> bool:
+        """Count the load by a pass of its own where the loss needs it first; False where memory ran out.
+
+        That pass has the micro-batches and weights of the update's, so routers choose the same.
+        """
+        if balance is None or not balance.needs_counts:
+            return True
+
+        def count(_: int, micro: MicroBatch) -> None:
+            routing = Routing(micro.choices_TLK)
+            self._forward(micro, routing)
+            balance.count(routing, shares(micro, valid))
+
+        if not self.budget.fit(micros, count):
+            return False
+        balance.counted()
+        return True
+
+    def _forward(self, micro: MicroBatch, routing: Routing | None = None) -> tuple[Tensor, ...]:
+        temperature = self._config.rollout.temperature or 1.0
+        return self._compute(micro, temperature, *(() if routing is None else (False, routing)))
 
     def _compute(self, *arguments: Any) -> tuple[Tensor, ...]:
         with self._bounded():
@@ -213,30 +257,21 @@ class TrainingEngine:
         return [(index == m).nonzero().squeeze(1) for m in range(count)]
 
     def _micro_batches(self, batch: Batch, rows: Tensor) -> list[MicroBatch]:
+        if COLUMN in batch:
+            assert isinstance(self.model, Decoder)
+            check_choices(batch, self.model.config)
         lengths, prompt_lengths = input_lengths(batch)[rows], batch.lengths("prompt_ids")[rows]
         parts = split(lengths, batch.dense("slot")[rows], prompt_lengths, self.budget.tokens)
         micros = [pack(batch, rows[part], self._device) for part in parts]
-        wanted = max(1, len(micros))  # a worker without rows still names its metrics and has gradients to add
-        if self.sharded:  # every pass is a collective: all workers make as many
-            wanted = int(self._collectives.all_reduce(torch.tensor(wanted), "max"))
-        return micros + [dummy(self._device)] * (wanted - len(micros))
+        # a worker without rows still names its metrics and has gradients to add
+        passes = self.spread.passes(max(1, len(micros)))
+        return micros + [dummy(self._device)] * (passes - len(micros))
 
     def _global_counts(self, batch: Batch, minis: list[Tensor], valid: Tensor) -> list[tuple[int, int]]:
         """Response tokens and responses of each mini-batch over all workers."""
         lengths = batch.lengths("response_ids")
         counts = torch.tensor([[int(lengths[r][valid[r]].sum()), int(valid[r].sum())] for r in minis])
-        return [tuple(pair) for pair in self._collectives.all_reduce(counts, "sum").tolist()]
-
-    def _clip(self) -> float:
-        limit = self._config.training.max_grad_norm or float("inf")
-        if self.sharded:
-            return float(whole(nn.utils.clip_grad_norm_(self.module.parameters(), limit)))
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = kernels.gradient_norm(gradients)
-        share = float(limit / (norm + 1e-6))
-        if share < 1.0:  # most steps need no pass over all gradients
-            torch._foreach_mul_(gradients, share)
-        return float(norm)
+        return [tuple(pair) for pair in self._mesh.data.all_reduce(counts, "sum").tolist()]
 
     def named_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """The model's weights by their own names, gathered whole one at a time where they are sharded.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from siirl.data.batch import Batch
+from siirl.training.replay import packed_choices
 from siirl_kernels.packing import PackedSequences
 
 
@@ -29,6 +30,7 @@ class MicroBatch:
         state_R: which of these states predicts each response token; a prompt's last one predicts all first tokens.
         targets_R: those response tokens.
         offsets: int64 [N+1] on the host: the response tokens of each row.
+        choices_TLK: the experts that rollout sent each token to; None where training's routers choose.
     """
 
     rows: Tensor
@@ -38,6 +40,7 @@ class MicroBatch:
     state_R: Tensor
     targets_R: Tensor
     offsets: Tensor
+    choices_TLK: Tensor | None = None
 
 
 def input_lengths(batch: Batch) -> Tensor:
@@ -107,6 +110,7 @@ def pack(batch: Batch, rows: Tensor, device: torch.device) -> MicroBatch:
     last_prompt = (starts[parent] + prompts.lengths - 1).repeat_interleave(responded)
     own = (starts + prompts.lengths - prefixes - 1).repeat_interleave(responded) + within
     shared = (tuple(parents), tuple(prefixes.tolist())) if bool(prefixes.any()) else ()
+    choices_TLK = packed_choices(batch, rows, parents)
     states, state = torch.where(within == 0, last_prompt, own).unique(return_inverse=True)
     return MicroBatch(
         rows,
@@ -116,6 +120,7 @@ def pack(batch: Batch, rows: Tensor, device: torch.device) -> MicroBatch:
         state.to(device),
         responses.values.to(device),
         responses.offsets,
+        None if choices_TLK is None else choices_TLK.to(device),
     )
 
 

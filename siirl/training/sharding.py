@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,34 +11,50 @@ from torch import Tensor, nn
 from siirl.device.backend import Backend
 from siirl.device.collectives import Collectives
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 # gradients are summed over workers in pieces of this many elements
 _BUCKET = 64 * 2**20
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, or what a sharded one is a part of: a collective then."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor.detach() if gather is None else gather()
+    own = tensor.detach()
+    gather = getattr(own, "full_tensor", None)
+    return own if gather is None else gather()
 
 
-def local(tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors themselves, or of sharded ones the parts that are on this worker, the same memory; all or none are.
+def own_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors themselves, or of sharded ones the parts that are on this worker, the same memory.
 
     Without gradients.
     """
-    sharded = bool(tensors) and hasattr(tensors[0], "to_local")
-    return [cast(Any, tensor).to_local() for tensor in tensors] if sharded else tensors
+    return [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
 
 
-def sum_gradients(module: nn.Module, collectives: Collectives) -> None:
+def sum_gradients(parameters: Iterable[nn.Parameter], collectives: Collectives) -> None:
     """Sum the gradients over workers; a worker without rows contributes zeros."""
-    if collectives.size == 1:
+    for bucket in _buckets([p for p in parameters if p.requires_grad]):
+        for parameter in bucket:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        sum_flat([own_grad(parameter) for parameter in bucket], collectives)
+
+
+def own_grad(parameter: nn.Parameter) -> Tensor:
+    """This worker's part of a gradient, by reference."""
+    grad: Any = parameter.grad
+    return getattr(grad, "_local_tensor", grad)
+
+
+def sum_flat(grads: Sequence[Tensor], collectives: Collectives) -> None:
+    """Sum tensors over workers in place, in one reduction."""
+    if not grads or collectives.size == 1:
         return
-    for bucket in _buckets([p for p in module.parameters() if p.requires_grad]):
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in bucket]
-        flat = collectives.all_reduce(torch.cat([g.reshape(-1) for g in grads]), "sum")
-        for parameter, piece in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-            parameter.grad = piece.view_as(parameter)
+    flat = collectives.all_reduce(torch.cat([grad.reshape(-1) for grad in grads]), "sum")
+    for grad, piece in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(piece.view_as(grad))
 
 
 def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
@@ -53,17 +69,19 @@ def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
 
 
 def shard(
-    module: nn.Module, dtype: torch.dtype, backend: Backend, collectives: Collectives, on_host: bool = False
+    module: nn.Module, dtype: torch.dtype, backend: Backend, replicas: DeviceMesh | None, on_host: bool = False
 ) -> None:
-    """Shard the parameters over the workers (FSDP2), one unit per layer; compute in ``dtype``, reduce in float32.
+    """Shard the parameters over workers (FSDP2), one unit per layer; compute in ``dtype``, reduce in float32.
 
-    ``on_host``: each worker's part, its gradient and what the optimiser has lie in the host's memory.
+    Args:
+        module: cut over its tensor group already.
+        dtype: to compute in.
+        backend: of this worker.
+        replicas: the workers; None for all of the run.
+        on_host: each worker's part, its gradient and what the optimiser has lie in the host's memory.
     """
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard  # a second
 
-    group = collectives.group  # None: all workers of the run
-    mesh = None if group is None else DeviceMesh.from_group(group, backend.device().type)
     policy = (
         MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         if dtype != torch.float32
@@ -72,5 +90,5 @@ def shard(
     offload = CPUOffloadPolicy(pin_memory=backend.capabilities().pin_memory) if on_host else OffloadPolicy()
     blocks = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
     for block in (b for layers in blocks for b in layers):
-        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
-    fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
+        fully_shard(block, mesh=replicas, mp_policy=policy, offload_policy=offload)
+    fully_shard(module, mesh=replicas, mp_policy=policy, offload_policy=offload)

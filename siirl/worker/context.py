@@ -24,6 +24,7 @@ from siirl.rollout.partial import CarriedGroups
 from siirl.telemetry.accumulator import StepMetrics
 
 if TYPE_CHECKING:
+    from siirl.training.mesh import Mesh
     from siirl.worker.models import Models
 
 
@@ -33,7 +34,9 @@ class Context:
 
     ``collectives`` and ``transports`` are of the workers that share this one's role, ``world`` and
     ``world_transports`` of all. Rows that travel while a node uses the collectives of all workers travel on others of
-    their own. ``step`` counts from 1; ``policy_version`` is the number of steps that the rollout engine's weights
+    their own. ``mesh`` is of the workers that train; None on the others. In a node that reads rows which several of
+    them hold, ``collectives`` are of the workers that hold different ones, and ``metrics`` count for the first holder
+    alone. ``step`` counts from 1; ``policy_version`` is the number of steps that the rollout engine's weights
     have seen; ``rollout_seed`` differs by stage, for sample ids begin anew in each. ``pool`` holds
     what is kept from step to step: groups that passed the filter where the pipeline has a node with ``op:
     dynamic_sampling``, groups begun where ``rollout.partial`` is above 0.
@@ -47,6 +50,7 @@ class Context:
     transports: Transports
     world: Collectives
     world_transports: Transports
+    mesh: Mesh | None
     models: Models
     loader: DistributedDataloader
     reader: PromptReader
@@ -60,6 +64,11 @@ class Context:
     trust: Trust | None = None
     step: int = 0
     policy_version: int = 0
+
+    @property
+    def first_holder(self) -> bool:
+        """Whether this worker speaks for the rows that it holds."""
+        return self.mesh is None or self.collectives is not self.mesh.data or not self.mesh.copy
 
 
 @dataclass(frozen=True)

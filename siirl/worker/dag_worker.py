@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -116,8 +117,20 @@ class DagWorker:
                 return self.redistribute(step, batch, self._context.metrics)
             if step.id in self._resting:
                 self._context.models.rest_rollout(weights_follow=self._resting[step.id])
-            output = self._functions[step.id](self._context, self._view(step, batch), step)
+            output = self._node(step, batch)
         return self._apply(step, batch, output)
+
+    def _node(self, step: Step, batch: Batch) -> Output | Mapping[str, Column] | None:
+        """What a node gives. Where several workers hold the same rows, statistics are over the first holders."""
+        context, mesh = self._context, self._context.mesh
+        shared = step.target is not None and step.target.split == "tokens" and step.reads
+        if shared and mesh is not None and mesh.data is not mesh.workers:
+            metrics = StepMetrics() if mesh.copy else context.metrics
+            context = replace(context, collectives=mesh.data, metrics=metrics)
+        output = self._functions[step.id](context, self._view(step, batch), step)
+        if context.metrics is not self._context.metrics:
+            self._context.metrics.name(context.metrics)
+        return output
 
     def redistribute(self, step: Step, batch: Batch, metrics: StepMetrics) -> Batch:
         """Move the rows as a step says, among the workers that have it in their plans."""

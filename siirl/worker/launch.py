@@ -28,6 +28,7 @@ from siirl.device import resolve, select
 from siirl.device.backend import Backend
 from siirl.errors import RequestError, SiirlError
 from siirl.model.paths import check_path
+from siirl.planning.models import check_degrees
 from siirl.rewards.registry import choose
 from siirl.rewards.registry import resolve as resolve_reward
 from siirl.telemetry.display import ProgressDisplay
@@ -97,6 +98,9 @@ def check(resolved: Resolved) -> None:
                 check_path(other, key=f"model.{key}")
         graph = Graph.from_yaml(config.pipeline)
         check_batch(config, config.workers, graph)
+        check_degrees(config)
+        if config.training.parallel != resolved.main.training.parallel:
+            raise RequestError(f"{stage.name} trains with other degrees than main; leave out its training.parallel")
         plan_steps(graph, config, config.workers)
         split(open_source(config.data.source, config=config.data, seed=config.seed), config.data.held_out, config.seed)
         check_names(config.algorithm)

@@ -26,6 +26,7 @@ from siirl.rollout.probe import BOUNDS, Answers, Probe, compare
 from siirl.rollout.sampling import Sampling
 from siirl.training.budget import share_memory
 from siirl.training.fsdp import TrainingEngine
+from siirl.training.mesh import Mesh
 from siirl.training.shared_reference import SharedReference
 from siirl.worker.adapters import Merger, Named, adapters_state, check_adapters_state, sent_parts
 
@@ -43,10 +44,19 @@ class Models:
         backend: of this worker.
         collectives: of the workers with this role.
         role: of this worker.
+        mesh: of the workers that train; None for data parallel only, or where this worker does not train.
     """
 
-    def __init__(self, config: Config, backend: Backend, collectives: Collectives, role: Role = "all") -> None:
+    def __init__(
+        self,
+        config: Config,
+        backend: Backend,
+        collectives: Collectives,
+        role: Role = "all",
+        mesh: Mesh | None = None,
+    ) -> None:
         self._config, self._backend, self._collectives, self._role = config, backend, collectives, role
+        self._mesh = mesh
         loaded = self._load(config.model.path)
         self._lora = config.model.lora
         if self._lora.rank and role != "rollout":
@@ -63,7 +73,7 @@ class Models:
         if role != "rollout":
             self.engines["actor"] = self._engine(loaded.model, "actor")
             shareable = config.rollout.engine == "native" and config.training.dtype == "float32"
-            self._shared = role == "all" and not self.actor.sharded and shareable and not self._lora.rank
+            self._shared = role == "all" and self.actor.spread.whole and shareable and not self._lora.rank
         self._rollout = None if role == "training" else self._rollout_engine()
         self.merger = (
             Merger(self.decoder, self._lora, backend.device(), self.rollout_dtype) if role == "rollout" else None
@@ -248,7 +258,7 @@ class Models:
         )
 
     def _engine(self, module: AnyDecoder | ValueModel, name: str) -> TrainingEngine:
-        return TrainingEngine(module, self._config.training, self._backend, self._collectives, name)
+        return TrainingEngine(module, self._config.training, self._backend, self._collectives, name, self._mesh)
 
     def _copy_of_actor(self, path: str | None) -> AnyDecoder:
         """A model of its own: from ``path``, else with the weights the actor has now."""
@@ -284,6 +294,7 @@ class Models:
             self._config.rollout.chunk_tokens,
             own_weights=not self._shared,
             capture=recorder(self._backend, self._config.rollout.graphs),
+            record_routing=self._config.rollout.router_replay,
         )
 
     def _vllm_engine(self, cache_bytes: int) -> RolloutEngine:

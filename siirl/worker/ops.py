@@ -68,6 +68,8 @@ def rollout(context: Context, batch: Batch, node: Step) -> Output:
         "finish_reason": done.finish_reason,
         "policy_version": versions,
     }
+    if done.router_choices is not None:
+        columns["router_choices"] = done.router_choices
     return Output(columns, take)
 
 
@@ -195,7 +197,7 @@ def _measure(context: Context, trust: Trust, parts: int) -> None:
     """Agree with all workers on how far rollout and training are apart, and say so where that changes what is done."""
     before, first = trust.within, trust.difference is None
     trust.measured(int(context.collectives.all_reduce(torch.tensor(parts), "max")), context.step)
-    if context.collectives.rank or before == trust.within and not first:
+    if context.collectives.rank or not context.first_holder or before == trust.within and not first:
         return
     found = f"step {context.step}: log-probs of rollout and training differ by up to {trust.difference:g} nats"
     bound = f"algorithm.trust_bound is {trust.bound:g}"
@@ -320,7 +322,7 @@ def record_samples(context: Context, batch: Batch, node: Step) -> None:
         }
         lines.append(json.dumps(line))
     parts = context.collectives.gather_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
-    if parts is None:
+    if parts is None or not context.first_holder:
         return
     merged = sorted((json.loads(line) for part in parts for line in part.splitlines()), key=lambda s: s["sample_id"])
     path = context.run_dir / "samples" / f"{directory_name(context.stage, context.step)}.jsonl"

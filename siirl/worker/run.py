@@ -21,7 +21,7 @@ from siirl.checkpoint import store
 from siirl.config.loader import Resolved, Stage
 from siirl.config.schema import Config
 from siirl.dag.graph import Graph
-from siirl.dag.plan import Placement, WorkerPlan
+from siirl.dag.plan import Placement, WorkerPlan, training_layout
 from siirl.dag.planner import plan_worker
 from siirl.data.dataloader import DistributedDataloader, Item
 from siirl.data.dynamic_sampling import GroupPool
@@ -38,6 +38,7 @@ from siirl.rollout.partial import CarriedGroups
 from siirl.telemetry.accumulator import StepMetrics
 from siirl.telemetry.metrics import MetricsWriter, TensorBoardWriter
 from siirl.telemetry.trace import Tracer
+from siirl.training.mesh import Mesh
 from siirl.worker import run_dir as directories
 from siirl.worker.context import Context
 from siirl.worker.dag_worker import DagWorker
@@ -96,7 +97,9 @@ class RunWorker:
         backend.seed(config.seed)
         self._plans = self._plan()
         log.info("kernels: %s", bind_kernels(backend, config, world, run_dir))
-        self._models = Models(config, backend, self._collectives, self._role)
+        layout = training_layout(config, len(self._place.training))
+        self._mesh = Mesh.of(world, layout, None if self._role == "rollout" else self._collectives)
+        self._models = Models(config, backend, self._collectives, self._role, self._mesh)
         # rows have a group of their own where a node may use the workers' at the same time
         overlaps = config.data.overlap and not self._place.disaggregated and world.size > 1
         moving = world.subgroup(range(world.size)) if overlaps else world
@@ -255,6 +258,7 @@ class RunWorker:
             transports=self._transports,
             world=self._world,
             world_transports=self._world_transports,
+            mesh=self._mesh,
             models=models,
             loader=DistributedDataloader(
                 train, config.data.prompts_per_step, rank, workers, config.seed, config.data.shuffle

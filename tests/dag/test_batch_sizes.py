@@ -8,6 +8,7 @@ import pytest
 
 from siirl.config.schema import Config
 from siirl.dag import Graph, batch_table, check_batch
+from siirl.dag.plan import training_layout
 from siirl.errors import RequestError
 
 REFUSED = {
@@ -32,10 +33,9 @@ REFUSED = {
         1,
         "training.micro_batch_tokens=129",
     ),
-    "tensor parallel": ({"training.parallel.tensor": 2}, 4, "training.parallel.tensor=1"),
-    "context parallel": ({"training.parallel.context": 2}, 4, "training.parallel.context=1"),
+    "tensor parallel of another size": ({"training.parallel.tensor": 3}, 4, "workers=3"),
     "pipeline parallel": ({"training.parallel.pipeline": 4}, 4, "training.parallel.pipeline=1"),
-    "expert parallel": ({"training.parallel.expert": 2}, 4, "training.parallel.expert=1"),
+    "expert parallel": ({"training.parallel.expert": 6}, 4, "training.parallel.expert=2"),
     "data parallel of another size": ({"training.parallel.data": 2}, 4, "training.parallel.data=4"),
 }
 
@@ -66,6 +66,15 @@ def test_refused_with_values_that_work(case: str) -> None:
 @pytest.mark.parametrize("workers", [1, 2, 64])
 def test_the_default_works(workers: int) -> None:
     check_batch(Config(), workers)
+
+
+def test_tensor_and_context_parallel_leave_the_rest_to_data_parallel() -> None:
+    config = make({"training.parallel.tensor": 2, "training.parallel.context": 2})
+    check_batch(config, 8)
+    assert str(training_layout(config, 8)) == "tokens (data 2, tensor 2, context 2)"
+    assert training_layout(config, 8).shares() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    rows = {row[0]: row[2] for row in batch_table(config, 8).rows}
+    assert rows["samples a mini-batch"] == "256"  # 64 prompts x 8 samples, two shares
 
 
 def test_another_engine_may_have_other_layouts() -> None:

@@ -27,8 +27,8 @@ logging: {samples_every: 1}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, example: Finished) -> list[Path]:
-    """Runs that together write every metric: the example, PPO, DAPO, GRPO with a reference model on two workers and
-    with groups that are carried."""
+    """Runs that together write every metric: the example, PPO, DAPO, GRPO with a reference model on two workers, with
+    groups that are carried and with a mixture of experts."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "recipe.yaml").write_text(RECIPE)
     cases: dict[str, dict[str, Any]] = {
@@ -40,6 +40,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, example: Finished) -> list[Pa
         },
         "grpo": {"workers": 2, "algorithm.kl_coef": 0.1, "algorithm.old_log_probs": "correct"},
         "carried": {"rollout.partial": 0.5},
+        "experts": {"model.path": "tiny:qwen3_moe:64:1:99", "rollout.router_replay": True},
         "dapo": {
             "pipeline": "dapo",
             "algorithm.old_log_probs": "trust",

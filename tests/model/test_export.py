@@ -37,7 +37,7 @@ def test_round_trip(name: str, tmp_path: Path, sequences: list[list[int]]) -> No
             assert (got - want).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama", "qwen3_moe"])
 def test_tokenizer_and_end_tokens_survive(architecture: str, tmp_path: Path) -> None:
     first = load_model(f"tiny:{architecture}:64:1:128")
     save_pretrained(decoder(first), first.tokenizer, tmp_path)

@@ -78,9 +78,11 @@ def test_a_tied_checkpoint_with_an_output_projection(equal: bool, saved: Saved, 
 
 
 @pytest.mark.parametrize("hidden", [32, 64, 96, 256])
-@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama", "qwen3_moe"])
 def test_a_tiny_model_has_the_documented_shape(architecture: str, hidden: int) -> None:
-    settings = {"head_dim": 32} if architecture == "qwen3" else {}
+    settings: dict[str, Any] = {"head_dim": 32} if architecture.startswith("qwen3") else {}
+    if architecture == "qwen3_moe":
+        settings |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": hidden * 3 // 2}
     theirs = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(
             architecture,

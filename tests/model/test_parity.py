@@ -28,6 +28,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0}
+EXPERTS = {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, biases and llama3 rope": ("llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
@@ -43,6 +44,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3, tied, biases, wide heads": (
         "qwen3",
         {"head_dim": 32, "attention_bias": True, "tie_word_embeddings": True},
+    ),
+    "qwen3_moe": ("qwen3_moe", EXPERTS | {"norm_topk_prob": True}),
+    "qwen3_moe, tied, layers without experts, weights as they are": (
+        "qwen3_moe",
+        EXPERTS
+        | {"num_hidden_layers": 5, "decoder_sparse_step": 2, "mlp_only_layers": [1], "tie_word_embeddings": True},
     ),
 }
 

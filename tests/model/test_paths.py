@@ -50,7 +50,10 @@ def test_wrong_packages(path: str, expected: str, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        ("tiny:qwen4:64:2:128", "no architecture 'qwen4', there are qwen2, qwen3, llama; did you mean 'qwen"),
+        (
+            "tiny:qwen4:64:2:128",
+            "no architecture 'qwen4', there are qwen2, qwen3, llama, qwen3_moe; did you mean 'qwen",
+        ),
         ("tiny:qwen3:64:2", "has 3 parts of four"),
         ("tiny:qwen3:64:two:128", "LAYERS is 'two', which is no positive whole number"),
         ("tiny:qwen3:0:2:128", "HIDDEN is '0', which is no positive whole number"),

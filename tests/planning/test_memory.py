@@ -85,7 +85,7 @@ def _references() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_references")
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("numbers", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_a_layer_keeps_what_the_formula_says(
@@ -200,6 +200,18 @@ def test_experts_are_spread_by_expert_parallelism() -> None:
     one = memory_of(job := job_of(64, **values), step(job, "data"))["weights"]
     eight = memory_of(job := job_of(64, **values, training__parallel__expert=8), step(job, "data"))["weights"]
     assert one - eight == pytest.approx(2 * 48 * 3 * 128 * 2048 * 768 * 7 / 8)
+
+
+def test_the_built_in_engine_holds_its_part_of_the_experts() -> None:
+    values = {"model__path": "tiny:qwen3_moe:64:2:128"}
+    one = memory_of(job := job_of(8, **values), step(job, "update"))
+    four = memory_of(job := job_of(8, **values, training__parallel__expert=4), step(job, "update"))
+    elsewhere = 2 * 3 * 8 * 64 * 96 * 3 / 4  # of layers, matrices, experts of 64 x 96: three quarters
+    assert one["weights"] - four["weights"] == (4 + 2) * elsewhere  # and copies for bfloat16 products
+    assert one["gradients"] > four["gradients"]
+    resident = [memory_of(job, step(job, "data")) for job in (job_of(8, **values), job)]
+    assert resident[0]["weights"] - resident[1]["weights"] == 4 * elsewhere
+    assert resident[0]["optimiser"] - resident[1]["optimiser"] == 8 * elsewhere
 
 
 def test_activations_shrink_with_what_shares_a_micro_batch() -> None:

@@ -20,7 +20,7 @@ from siirl.planning.files import read, shipped
 from siirl.planning.models import find_shape, of_config
 from siirl.planning.shape import ModelShape
 
-TINY = ["tiny:qwen2:64:2:128", "tiny:qwen3:128:3:256", "tiny:llama:96:2:100"]
+TINY = ["tiny:qwen2:64:2:128", "tiny:qwen3:128:3:256", "tiny:llama:96:2:100", "tiny:qwen3_moe:64:2:128"]
 SHAPES = {name: read(ModelShape, file) for name, file in shipped("models").items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,13 @@ from siirl_kernels import bind
 from siirl_kernels.packing import PackedSequences
 from tests.device_under_test import backend, device
 
-FAMILIES = ["llama", "qwen2", "qwen3"]
+FAMILIES = ["llama", "qwen2", "qwen3", "qwen3_moe"]
+EXPERTS: dict[str, Any] = {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "mlp_only_layers": (0,),
+}
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17], [20, 21], [40, 41, 42, 43]]
 
 
@@ -42,9 +49,10 @@ def tiny(family: str = "qwen3", eos: tuple[int, ...] = ()) -> Decoder:
         head_dim=8,
         max_positions=256,
         qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
+        qk_norm=family.startswith("qwen3"),
         initializer_range=0.3,
         eos_token_ids=eos,
+        **(EXPERTS if family == "qwen3_moe" else {}),
     )
     decoder = Decoder(config)
     decoder.initialize(torch.Generator().manual_seed(1))
@@ -85,9 +93,10 @@ def test_greedy_equals_transformers_token_by_token(family: str, tmp_path) -> Non
         assert response == expected[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probs_are_those_of_a_packed_forward_pass(temperature: float) -> None:
-    decoder = tiny()
+def test_log_probs_are_those_of_a_packed_forward_pass(temperature: float, family: str) -> None:
+    decoder = tiny(family)
     done = generate(decoder, Sampling(12, temperature))
     for i, (response, log_probs) in enumerate(zip(done.response_ids.rows(), done.log_probs.rows(), strict=True)):
         prompt = torch.tensor(PROMPTS[i // 3])

@@ -54,9 +54,11 @@ def tiny(family: str = "qwen3", seed: int = 1, **options: Any) -> Decoder:
         "head_dim": 32,
         "max_positions": 256,
         "qkv_bias": family == "qwen2",
-        "qk_norm": family == "qwen3",
+        "qk_norm": family.startswith("qwen3"),
         "initializer_range": 0.15,
     }
+    if family == "qwen3_moe":
+        config |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True}
     decoder = Decoder(DecoderConfig(**(config | options)))
     decoder.initialize(torch.Generator().manual_seed(seed))
     return decoder.requires_grad_(False)
@@ -355,9 +357,10 @@ class Nothing(CpuBackend):
         (lambda: tiny(head_dim=8), None, r"takes heads of 32, 64, .* numbers, and this model's have 8"),
         (lambda: tiny("qwen2", num_heads=2), None, r"hidden size / heads = 64 numbers, and this one's have 32"),
         (lambda: tiny(max_positions=64), None, r"vLLM cannot start with this model here: .*128"),
+        (lambda: tiny("qwen3_moe"), None, "vLLM does not take over new weights of a mixture of experts"),
         (tiny, Nothing(), "device 'cpu' runs no vLLM; set rollout.engine=native"),
     ],
-    ids=["head size", "qwen2", "positions", "device"],
+    ids=["head size", "qwen2", "positions", "experts", "device"],
 )
 def test_what_vllm_cannot_run_is_refused_in_one_sentence(decoder: Any, device: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message) as refused:

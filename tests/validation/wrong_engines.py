@@ -16,11 +16,11 @@ from siirl.rollout.engine import NativeEngine
 from siirl.rollout.sampler import Sampler
 from siirl.rollout.sampling import Sampling
 from siirl.rollout.state import PagedState
-from siirl.training.fsdp import TrainingEngine
+from siirl.training.spread import Spread
 
 _sleep, _wake, _abort = NativeEngine.sleep, NativeEngine.wake, NativeEngine.abort
 _words = checksum._words
-_draw, _group_advantages, _clip = sampler.draw, advantages.group_advantages, TrainingEngine._clip
+_draw, _group_advantages, _clip = sampler.draw, advantages.group_advantages, Spread.clip_gradients
 _make = Sampler.__init__
 
 
@@ -83,11 +83,11 @@ def _not_by_the_deviation(reward_N: Tensor, group_N: Tensor, valid_N: Tensor, no
     return _group_advantages(reward_N, group_N, valid_N, False, **rest)
 
 
-def _one_per_cent_more(self: TrainingEngine) -> float:
-    for parameter in self.module.parameters():
+def _one_per_cent_more(self: Spread, limit: float) -> float:
+    for parameter in self._module.parameters():
         if parameter.grad is not None:
             parameter.grad.mul_(1.01)
-    return _clip(self)
+    return _clip(self, limit)
 
 
 def _keeps_its_cache(self: NativeEngine, level: SleepLevel = 1) -> None:
@@ -132,5 +132,5 @@ PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
     "one abort of many": [(NativeEngine, "abort", _ends_only_the_first)],
     "all aborted for some": [(NativeEngine, "abort", _ends_all)],
     "advantages not by the deviation": [(advantages, "group_advantages", _not_by_the_deviation)],
-    "gradients one per cent too large": [(TrainingEngine, "_clip", _one_per_cent_more)],
+    "gradients one per cent too large": [(Spread, "clip_gradients", _one_per_cent_more)],
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from siirl.checkpoint import store
 from siirl.device.collectives import Collectives
-from siirl.training import fsdp
+from siirl.training import spread
 
 _before: list[tuple[Any, str, Any]] = []
 
@@ -89,7 +89,7 @@ BREAKS: dict[str, list[tuple[Any, str, Any]]] = {
     "segments in another order": [(dist, "all_to_all_single", _neighbours_swapped)],
     "always from worker 0": [(dist, "broadcast", _always_from_worker_0)],
     "ranks in reverse": [(Collectives, "_all_gather", _ranks_reversed)],
-    "gradients are not summed": [(fsdp, "sum_gradients", lambda *_: None)],
+    "gradients are not summed": [(spread, "sum_gradients", lambda *_: None)],
     "a checkpoint in half precision": [(store, "save", _save_in_half)],
     "a worker dies": [(dist, "broadcast", _dies)],
     "a worker hangs": [(dist, "all_to_all_single", _hangs)],
