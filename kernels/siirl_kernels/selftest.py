@@ -91,10 +91,14 @@ def _cases(op: str, provider: str, device: torch.device) -> Iterator[tuple[Case,
     if op not in CONTRACTS:
         return
     for place in dict.fromkeys((device, HOST)):
+        tried = False
         for dtype in DTYPES:
             for case, inference in taken(op, provider, "smoke", dtype, place):
+                tried = True
                 yield case, dtype, inference
                 break
+        if tried:  # what computes on the device need not know the host's tensors
+            return
 
 
 def _miss(op: str, provider: str, case: Case, dtype: torch.dtype, inference: bool) -> str | None:

@@ -19,7 +19,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 # Parameters of glibc's mallopt: larger pieces are mappings of their own; so much free memory at the end is kept.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_KEPT, _OWN_MAPPING = 2**30, 2**28
+_KEPT, _OWN_MAPPING = 2**30, 2**25
 
 
 def installed(distribution: str) -> str | None:

@@ -146,11 +146,12 @@ class ModelShape(Section):
         if recompute == "full":
             return size * self.hidden_size
         heads = (self.num_heads + self.num_kv_heads) * self.head_dim
-        mlp = 2 * self.intermediate_size
+        mlp = 2 * self.intermediate_size * size
         if self.num_experts:  # experts keep all of theirs
-            mlp = self.experts_per_token * (4 * self.expert_size + self.hidden_size)
+            each = 4 * self.expert_size + 2 * self.hidden_size
+            mlp = self.experts_per_token * (each * size + 24) + 4 * (self.num_experts + 1)
         attention = (2 + self.qk_norm) * heads * size + 4 * self.num_heads
-        return (2 * self.hidden_size + mlp) * size + attention + 4 * self.num_experts
+        return 2 * self.hidden_size * size + attention + mlp
 
     def forward_flops(self, tokens: float, pairs: float, predicted: float) -> float:
         """Floating-point operations of a forward pass, a multiplication and an addition counting two.

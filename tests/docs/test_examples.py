@@ -209,4 +209,4 @@ def test_a_run_on_the_example_back_end_uses_its_kernel(acme: tuple[Path, Path], 
     code = f"import os; os.chdir({str(ROOT)!r}); from siirl.cli.main import main; main({arguments!r})"
     done = python(code, *acme)
     assert done.returncode == 0, done.stderr
-    assert "'swiglu': 'acme', 'packed_attention': 'torch'" in (tmp_path / "run" / "logs" / "worker_000.log").read_text()
+    assert "'swiglu': 'acme > native'" in (tmp_path / "run" / "logs" / "worker_000.log").read_text()

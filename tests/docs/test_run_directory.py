@@ -28,7 +28,7 @@ logging: {samples_every: 1}
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, example: Finished) -> list[Path]:
     """Runs that together write every metric: the example, PPO, DAPO, GRPO with a reference model on two workers, with
-    groups that are carried and with a mixture of experts."""
+    groups that are carried and adapters, and with a mixture of experts."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "recipe.yaml").write_text(RECIPE)
     cases: dict[str, dict[str, Any]] = {
@@ -39,7 +39,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, example: Finished) -> list[Pa
             "algorithm.correction": "mis",
         },
         "grpo": {"workers": 2, "algorithm.kl_coef": 0.1, "algorithm.old_log_probs": "correct"},
-        "carried": {"rollout.partial": 0.5},
+        "carried": {"rollout.partial": 0.5, "model.lora.rank": 2},
         "experts": {"model.path": "tiny:qwen3_moe:64:1:99", "rollout.router_replay": True},
         "dapo": {
             "pipeline": "dapo",
@@ -62,11 +62,11 @@ def test_every_metric_is_on_the_page(runs: list[Path]) -> None:
 
 def test_every_file_is_on_the_page(runs: list[Path]) -> None:
     listed = [code(cell)[0] for cell in table_cells(PAGE, "# A run directory")]
-    run = runs[1]
+    two_stages, adapted = runs[1], runs[3]
     for name in listed:
-        exists = run / name.replace("step_000010", "step_000001")
+        exists = (adapted if name == "adapter/" else two_stages) / name.replace("step_000010", "step_000001")
         assert exists.is_dir() if name.endswith("/") else exists.is_file(), name
-    top = {path.name for path in run.iterdir()} - {".lock"}
+    top = {path.name for run in (two_stages, adapted) for path in run.iterdir()} - {".lock"}
     assert top == {name.partition("/")[0] for name in listed}
 
 

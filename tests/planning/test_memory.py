@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
@@ -23,7 +22,6 @@ from siirl.planning.models import find_shape
 from siirl.planning.shape import Numbers, Recompute
 from siirl.rollout.state import cache_shape
 from siirl.training.optimizer import make_optimizer
-from siirl_kernels import bind, resolved
 from siirl_kernels.packing import PackedSequences
 from tests.planning.jobs import job_of
 
@@ -75,16 +73,7 @@ def kept_for_backward(module: Decoder, lengths: list[int], patch: pytest.MonkeyP
     return sum(rows.values())
 
 
-@pytest.fixture
-def _references() -> Iterator[None]:
-    """What the formula counts: other kernels keep less."""
-    before = resolved()
-    bind([])
-    yield
-    bind([], before)
-
-
-@pytest.mark.usefixtures("_references")
+@pytest.mark.usefixtures("references")
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("numbers", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])

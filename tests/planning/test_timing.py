@@ -25,6 +25,7 @@ from tests.planning.jobs import job_of
 from tests.planning.test_memory import PARAMETERS, decoder, step
 
 
+@pytest.mark.usefixtures("references")
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_operations_are_those_that_pytorch_counts(architecture: str) -> None:
     path, lengths = f"tiny:{architecture}:128:2:256", [32, 32, 32]

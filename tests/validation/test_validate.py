@@ -66,7 +66,7 @@ def test_the_cpu_keeps_every_promise(tmp_path: Path) -> None:
     assert report.levels() == ["L0", "L1", "L2", "L3", "L4", "L5"]
     assert not report.failures
     assert {"torch", "siirl", "python"} <= report.versions.keys()
-    assert report.kernels["bound"]["packed_attention"] == "torch"
+    assert report.kernels["bound"]["linear"] == "torch"
     cases = list(ElementTree.parse(tmp_path / "junit.xml").getroot().iter("testcase"))
     assert [case.get("name") for case in cases] == [result.id for result in report.results]
     page = (tmp_path / "report.html").read_text()
