@@ -24,19 +24,23 @@ from siirl.training.fsdp import TrainingEngine
 from siirl.training.losses import policy_update
 
 PROMPTS, GROUP, PROMPT, LONGEST = 8, 4, 32, 48
-# SmolLM2-135M on a host, a model of the size of Qwen2.5-1.5B on an accelerator, and prompts of so many tokens
-HOST, ACCELERATOR = ("smollm2-135m", 64), ("qwen2.5-1.5b", 512)
+# SmolLM2-135M on a host, a model of the size of Qwen2.5-1.5B on an accelerator; tokens of a prompt, and prompts
+HOST, ACCELERATOR = ("smollm2-135m", 64, 2), ("qwen2.5-1.5b", 512, 8)
 
 
 def _engine(
-    backend: Backend, model: Decoder | None = None, prompt: int = PROMPT, dtype: Numbers = "float32"
+    backend: Backend,
+    model: Decoder | None = None,
+    prompt: int = PROMPT,
+    dtype: Numbers = "float32",
+    prompts: int = PROMPTS,
 ) -> tuple[TrainingEngine, Config, Batch]:
-    config = setting.config(PROMPTS, GROUP, LONGEST)
+    config = setting.config(prompts, GROUP, LONGEST)
     config.training.dtype = dtype
     model = model or setting.decoder(backend)
     engine = TrainingEngine(model, config.training, backend, Collectives.single(), "actor")
     engine.begin(config, config.training.lr)
-    return engine, config, setting.responses(PROMPTS, GROUP, prompt, LONGEST)
+    return engine, config, setting.responses(prompts, GROUP, prompt, LONGEST)
 
 
 def _tokens(batch: Batch) -> Rate:
@@ -81,9 +85,9 @@ def _plain(backend: Backend, engine: TrainingEngine, batch: Batch) -> tuple[Plai
 def bench_utilisation(measure: Measure, backend: Backend, dtype: Numbers) -> None:
     if dtype not in backend.capabilities().fast_dtypes:
         pytest.skip(f"{dtype} is not fast here")
-    name, prompt = ACCELERATOR if backend.is_accelerator() else HOST
+    name, prompt, prompts = ACCELERATOR if backend.is_accelerator() else HOST
     model, shape = setting.decoder_of(backend, name)
-    engine, config, batch = _engine(backend, model, prompt, dtype)
+    engine, config, batch = _engine(backend, model, prompt, dtype, prompts)
     operations = 3 * _forward_operations(shape, batch)
     loss = policy_update(config.algorithm)
     measure(
