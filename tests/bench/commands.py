@@ -46,7 +46,7 @@ class Commands:
 
     def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
         self._pipe.send((function, arguments))
-        assert self._pipe.poll(200), "the command hangs"
+        assert self._pipe.poll(280), "the command hangs"
         return self._pipe.recv()
 
 
