@@ -351,6 +351,7 @@ def check_batch(config: Config, workers: int, graph: Graph | None = None) -> Non
     """
     data, training, updates = config.data, config.training, config.algorithm.mini_batches
     _check_degrees(config)
+    _check_cut(config)
     place = Placement.of(config, workers)
     check_memory_keys(training, len(place.training))
     shares = max(training_layout(config, len(place.training)).data, rollout_layout(config, len(place.rollout)).data)
@@ -399,6 +400,25 @@ def _check_degrees(config: Config) -> None:
                 raise RequestError(
                     f"{key} is {degree}, but {section}.engine '{engine}' {does} with {known} parallel only; set {key}=1"
                 )
+
+
+def _check_cut(config: Config) -> None:
+    """Refuse what cannot be done with parameters that are cut over workers."""
+    degrees = config.training.parallel
+    cut = next((name for name in ("tensor", "expert") if getattr(degrees, name) > 1), None)
+    training, rank = config.training, config.model.lora.rank
+    refused = (
+        ("model.lora.rank", rank, rank > 0, "0"),
+        ("training.compile", "true", training.compile, "false"),
+        ("training.optimizer", training.optimizer, training.optimizer == "adamw8bit", "adamw"),
+    )
+    for key, value, given, instead in refused:
+        if cut is not None and given:
+            here = f"training.parallel.{cut}"
+            raise RequestError(
+                f"{key} is {value}, which does not go with parameters cut by {here}={getattr(degrees, cut)}; set "
+                f"{key}={instead} or {here}=1"
+            )
 
 
 def batch_table(config: Config, workers: int, graph: Graph | None = None) -> Table:

@@ -109,6 +109,13 @@ WRONG = {
         "train run.yaml algorithm.mini_batches=3", r"algorithm\.mini_batches=3 does not divide; .*mini_batches=2"
     ),
     "unknown advantage": Wrong("train run.yaml algorithm.advantage=grop", "'grop'.*; did you mean 'grpo'"),
+    "adapters on layers that are cut": Wrong(
+        "train run.yaml --workers 2 model.lora.rank=4 training.parallel.tensor=2", "set model.lora.rank=0 or training"
+    ),
+    "compiled layers that are cut": Wrong(
+        "train run.yaml --workers 2 training.compile=true training.parallel.tensor=2",
+        "set training.compile=false or training.parallel.tensor=1",
+    ),
     "unknown policy loss": Wrong("train run.yaml algorithm.policy_loss=ppo_clop", "did you mean 'ppo_clip'"),
     "unknown reward": Wrong("train run.yaml reward.function=exact_mach", "'exact_mach'.*; did you mean 'exact_match'"),
     "missing data file": Wrong("train run.yaml data.source=rows.jsonl", r"rows\.jsonl"),
